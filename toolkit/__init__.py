@@ -1,0 +1,115 @@
+"""Folders of images to a searchable vector index, from a notebook.
+
+::
+
+    folders ─scan→ items ─plan→ (in the store already? skip) ─cut→ batches ─dispatch→ executor
+       executor ─embed→ outcome ─check→ store (durable, append-only) ─→ usearch index
+       index ─verify recall→ publish (atomic swap) ─→ open, search
+
+>>> import toolkit as tk
+>>> build = tk.build_index("~/Pictures")
+>>> index = tk.open_index("Pictures")
+>>> index.search("cat.jpg", k=12)
+
+Everything is loaded on first use: importing this costs no torch and less than 0.3 s.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from toolkit import errors as errors
+    from toolkit.api import (
+        Build,
+        attach,
+        build_index,
+        compare,
+        datasets,
+        embed,
+        export_index,
+        import_index,
+        indexes,
+        open_index,
+        plan,
+        pull_model,
+        runs,
+        store_gc,
+        store_usage,
+    )
+    from toolkit.config import Settings, configure
+    from toolkit.images.walk import DEFAULT_EXCLUDES
+    from toolkit.search import Hit, Hits, Index
+
+    settings: Settings
+
+#: Where each public name lives.
+_HOMES = {
+    "toolkit.api": (
+        "Build",
+        "attach",
+        "build_index",
+        "compare",
+        "datasets",
+        "embed",
+        "export_index",
+        "import_index",
+        "indexes",
+        "open_index",
+        "plan",
+        "pull_model",
+        "runs",
+        "store_gc",
+        "store_usage",
+    ),
+    "toolkit.config": ("Settings", "configure"),
+    "toolkit.images.walk": ("DEFAULT_EXCLUDES",),
+    "toolkit.search": ("Hit", "Hits", "Index"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "DEFAULT_EXCLUDES",
+    "Build",
+    "Hit",
+    "Hits",
+    "Index",
+    "Settings",
+    "attach",
+    "build_index",
+    "compare",
+    "configure",
+    "datasets",
+    "embed",
+    "errors",
+    "export_index",
+    "import_index",
+    "indexes",
+    "open_index",
+    "plan",
+    "pull_model",
+    "runs",
+    "settings",
+    "store_gc",
+    "store_usage",
+]
+
+# A library stays quiet unless its user configures logging.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+
+
+def __getattr__(name: str) -> Any:
+    if name == "settings":
+        # Resolved at each look: the environment may have changed since the last one.
+        return importlib.import_module("toolkit.config").resolve()
+    if name == "errors":
+        return importlib.import_module("toolkit.errors")
+    if name in _HOME_OF:
+        return getattr(importlib.import_module(_HOME_OF[name]), name)
+    raise AttributeError(f"module 'toolkit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
