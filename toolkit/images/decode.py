@@ -1,0 +1,376 @@
+"""Bytes to an upright RGB picture, or one error that says why not.
+
+Law: content decides, never a file's name; the first frame counts; nothing is guessed where
+pixels are missing. Every way in which a file can be bad ends as a ``DecodeError``. Whatever
+changes pixels here raises ``DECODE_VERSION``, which is part of every encoder's fingerprint.
+
+Colour profiles are not applied, as in the training of the models.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import io
+import os
+import re
+import stat as stat_mode
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+
+from toolkit.errors import ChangedError, DecodeError, UnreadableError
+from toolkit.records import FileStat, show_path
+
+# Pillow and xxhash are imported inside the functions that use them: the scan takes only
+# IMAGE_SUFFIXES from this room.
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from PIL import Image, ImageFile
+
+#: Version of the recipe from bytes to pixels.
+DECODE_VERSION = 1
+
+#: Pixels of one picture; more are refused from the header, before any memory is taken.
+DEFAULT_MAX_PIXELS = 200_000_000
+
+#: What a scan takes for a picture: suffixes in lower case, with their dot.
+IMAGE_SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .gif .tif .tiff .bmp "
+    ".heic .heif .hif .avif".split()
+)
+
+#: Of ``warnings.filters``: what Pillow's readers remark on bad metadata is no news to the user.
+_REMARKS = ("ignore", None, UserWarning, re.compile(r"PIL\.(Image|\w+ImagePlugin)$"), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A decoded picture; it keeps neither the file's bytes nor its metadata.
+
+    Attributes:
+        rgb: Mode ``RGB``, upright.
+        width: Pixels, upright.
+        height: Pixels, upright.
+        format: Name of the file format, as Pillow calls it.
+    """
+
+    rgb: Image.Image
+    width: int
+    height: int
+    format: str
+
+
+def image_key(data: bytes) -> bytes:
+    """The content key of an image: xxh3_128 of all its bytes, 16 bytes, big-endian."""
+    import xxhash  # Deferred: see the top.
+
+    return xxhash.xxh3_128_digest(data)
+
+
+def read_file(path: bytes) -> tuple[bytes, FileStat]:
+    """Read a file whole, and know that what was read is one version of it.
+
+    Args:
+        path: As the bytes of the file system. A link is followed.
+
+    Returns:
+        The content (none is not an error here) and the stat that belongs to it.
+
+    Raises:
+        UnreadableError: If the system refuses, or it is not a regular file. A pipe
+            without a writer does not block.
+        ChangedError: If it was written to meanwhile.
+    """
+    try:
+        with open(path, "rb", buffering=0, opener=_open_at_once) as file:
+            before = os.fstat(file.fileno())
+            if not stat_mode.S_ISREG(before.st_mode):
+                raise UnreadableError(
+                    f"{show_path(path)} is not a regular file; leave it out with exclude="
+                )
+            data = file.readall()
+            after = os.fstat(file.fileno())
+    except (OSError, MemoryError) as error:
+        raise UnreadableError(
+            f"cannot read {show_path(path)}: {_why(error)}; the next build tries it again"
+        ) from error
+    stat = FileStat.of(after)
+    if FileStat.of(before) != stat or len(data) != stat.size:
+        raise ChangedError(
+            f"{show_path(path)} changed while it was read: {before.st_size} bytes before, "
+            f"{len(data)} read, {stat.size} after; the next build tries it again"
+        )
+    return data, stat
+
+
+def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Picture:
+    """Decode the first frame of a picture file to upright RGB.
+
+    Alpha, also of palettes and colour keys, is laid on white. CMYK is inverted as Adobe
+    means it. Deep grey is rescaled, where Pillow would clip it to white:
+
+    - 16 bits from their full range: 0 is black, 65535 white, whatever the picture uses. So
+      two pictures of one series stay comparable, and one with 12 used bits comes out dark.
+    - float from 0 to 1 where all values lie there.
+    - other float and 32-bit integers from their own least to their own greatest value, for
+      want of a convention; what is not finite becomes black.
+
+    A file that was cut off is refused, or gives the same pixels as the whole file. A tail of
+    zeros (a broken copy) is found in JPEG and PNG; the other formats carry no checksum of
+    their pixels.
+
+    Safe to call from several threads. Sets ``PIL.Image.MAX_IMAGE_PIXELS`` to ``None`` for the
+    process: its limit would overrule ``max_pixels``, and its warning is no verdict.
+
+    Args:
+        data: A whole file.
+        max_pixels: Width times height; checked against the header first.
+
+    Returns:
+        The picture, independent of ``data``.
+
+    Raises:
+        DecodeError: If the bytes are not a picture of a format read here, are cut off or
+            damaged, or hold too many pixels; the message is one sentence.
+    """
+    if not data:
+        raise DecodeError("the file is empty (0 bytes); copy it again from its source")
+    kind = _recognise(data)
+    try:
+        return _decode(data, kind, max_pixels)
+    except DecodeError:
+        raise
+    # Broad: a parser lets out whatever broken bytes make it stumble on.
+    except Exception as error:
+        raise DecodeError(
+            f"the {kind.name} is cut off or damaged ({_why(error)}); copy it again from its source"
+        ) from error
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    # Otherwise a pipe waits for its writer; Windows has neither the flag nor such pipes.
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _decode(data: bytes, kind: _Format, max_pixels: int) -> Picture:
+    from PIL import Image  # Deferred: see the top.
+
+    Image.MAX_IMAGE_PIXELS = None
+    _ignore_remarks()
+    if kind.name == "WEBP":
+        _check_size(_webp_canvas(data), max_pixels)  # Opening a WebP allocates its canvas.
+    image = _open(data, kind)
+    _check_size(image.size, max_pixels)
+    if kind.ends is not None and not kind.ends(data):
+        raise DecodeError(
+            f"the {kind.name} is cut off or damaged: no valid end within its {len(data)} bytes; "
+            "copy it again from its source"
+        )
+    image.load()
+    rgb = _upright(_to_rgb(image), _orientation(image))
+    # A bare image around the same pixels: a plugin's would keep the file's bytes alive. The
+    # public ways to get one (copy, convert) cost another pass over the memory.
+    bare = rgb._new(rgb.im)
+    bare.info.clear()
+    return Picture(bare, bare.width, bare.height, kind.name)
+
+
+def _ignore_remarks() -> None:
+    # Not catch_warnings, which swaps the filters of all threads. Looked up at each call
+    # because others do swap them; once in place this changes nothing.
+    if _REMARKS not in warnings.filters:
+        warnings.filterwarnings("ignore", category=UserWarning, module=_REMARKS[3].pattern)
+
+
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        raise DecodeError(
+            f"{width * height / 1e6:.1f} megapixels ({width} x {height}) are over the limit of "
+            f"{max_pixels / 1e6:.1f}; scale the picture down"
+        )
+
+
+def _webp_canvas(data: bytes) -> tuple[int, int]:
+    """Width and height from the header; ``(0, 0)`` where libwebp will find it damaged."""
+    if data[12:16] == b"VP8X":
+        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    if data[12:16] == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    width, height = (int.from_bytes(data[i : i + 2], "little") & 0x3FFF for i in (26, 28))
+    return width, height
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return _from_deep_grey(image)
+    if image.has_transparency_data:
+        return _on_white(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _from_deep_grey(image: Image.Image) -> Image.Image:
+    from PIL import Image  # Deferred: see the top.
+
+    values: NDArray[Any] = np.asarray(image)
+    # By the values, not the mode: some releases of Pillow read 16 bits into 32.
+    if image.mode != "F" and values.min() >= 0 and values.max() <= 0xFFFF:
+        grey: NDArray[Any] = values.astype(np.uint32)
+        grey += 128
+        grey //= 257
+    else:
+        grey = _stretched(values)
+    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+
+
+def _stretched(values: NDArray[Any]) -> NDArray[np.float64]:
+    """Values of any range onto whole numbers from 0 to 255; what is not finite becomes 0."""
+    # In place from here on: float64 takes eight times the memory of what comes out.
+    grey = values.astype(np.float64)
+    is_finite = np.isfinite(grey)
+    low = grey.min(where=is_finite, initial=np.inf)
+    high = grey.max(where=is_finite, initial=-np.inf)
+    if low >= 0 and high <= 1:  # True also where nothing is finite.
+        low, high = 0.0, 1.0
+    grey -= low
+    grey *= 255 / ((high - low) or 1)
+    np.rint(grey, out=grey)
+    grey[~is_finite] = 0
+    return grey
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    from PIL import Image  # Deferred: see the top.
+
+    # Pillow has no way from La, grey with premultiplied alpha, but by LA.
+    rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    canvas = Image.new("RGB", image.size, (255, 255, 255))
+    canvas.paste(rgba, mask=rgba)
+    return canvas
+
+
+#: EXIF orientation to the member of ``PIL.Image.Transpose`` that undoes it.
+_UPRIGHT = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+_EXIF_ORIENTATION = 0x0112
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation of a loaded picture; 1, upright, when its metadata are damaged."""
+    try:
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # Broad for the reason given in decode; metadata are not the picture.
+        return 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    from PIL import Image  # Deferred: see the top.
+
+    name = _UPRIGHT.get(orientation)
+    return image.transpose(Image.Transpose[name]) if name else image
+
+
+def _why(error: BaseException) -> str:
+    """One line about an error: the system's words, or the type and its text."""
+    if isinstance(error, OSError) and error.errno:
+        return f"{error.strerror}, {errno.errorcode.get(error.errno, error.errno)}"
+    text = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+# A marker is FF and a code; FF00 is a data byte, FFD0 to FFD7 restart the same scan.
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+_JPEG_END = 0xD9
+
+
+def _jpeg_ends(data: bytes) -> bool:
+    """Whether the segments lead to an end marker; what follows it does not count.
+
+    They are walked because a thumbnail in the header has an end marker too.
+    """
+    position = 2
+    while marker := _JPEG_MARKER.search(data, position):
+        position = marker.end()
+        if data[position - 1] == _JPEG_END:
+            return True
+        position += int.from_bytes(data[position : position + 2], "big")
+    return False
+
+
+def _png_ends(data: bytes) -> bool:
+    """Whether the chunks lead to ``IEND``, with the checksums of the critical ones true.
+
+    Pillow reads as many rows as there are and looks at no checksum of pixels.
+    """
+    view = memoryview(data)
+    position = 8
+    while position < len(data):
+        body = position + 8
+        end = body + int.from_bytes(view[position : position + 4], "big")
+        name = data[position + 4 : body]
+        is_critical = len(name) == 4 and not name[0] & 0x20
+        if is_critical and zlib.crc32(view[position + 4 : end]) != int.from_bytes(
+            view[end : end + 4], "big"
+        ):
+            return False
+        if name == b"IEND":
+            return True
+        position = end + 4
+    return False
+
+
+class _Format(NamedTuple):
+    name: str
+    signature: bytes
+    module: str
+    opener: str
+    ends: Callable[[bytes], bool] | None = None
+
+
+# The classes are called directly, not through Image.open: that would import every plugin
+# there is, start Ghostscript for an EPS, and need pillow-heif registered for the whole process.
+_FORMATS = (
+    _Format("JPEG", rb"\xff\xd8\xff", "PIL.JpegImagePlugin", "JpegImageFile", _jpeg_ends),
+    _Format("PNG", rb"\x89PNG\r\n\x1a\n", "PIL.PngImagePlugin", "PngImageFile", _png_ends),
+    _Format("WEBP", rb"RIFF.{4}WEBP", "PIL.WebPImagePlugin", "WebPImageFile"),
+    _Format("GIF", rb"GIF8[79]a", "PIL.GifImagePlugin", "GifImageFile"),
+    _Format("TIFF", rb"II[*+]\0|MM\0[*+]", "PIL.TiffImagePlugin", "TiffImageFile"),
+    _Format("BMP", rb"BM", "PIL.BmpImagePlugin", "BmpImageFile"),
+    # Before HEIF: the brands mif1 and msf1 serve both, what follows tells them apart.
+    _Format(
+        "AVIF",
+        rb".{4}ftyp(?:avi[fs]|m[is]f1.{4}(?:.{4}){0,7}?avi[fs])",
+        "PIL.AvifImagePlugin",
+        "AvifImageFile",
+    ),
+    _Format("HEIF", rb".{4}ftyp(?:he[iv][cmsx]|m[is]f1)", "pillow_heif", "HeifImageFile"),
+)
+
+
+def _recognise(data: bytes) -> _Format:
+    for kind in _FORMATS:
+        if re.match(kind.signature, data, re.DOTALL):
+            return kind
+    names = ", ".join(kind.name for kind in _FORMATS)
+    raise DecodeError(
+        f"not a picture of a kind read here ({names}): it begins with {data[:12]!r}; "
+        "convert it, or leave it out with exclude="
+    )
+
+
+def _open(data: bytes, kind: _Format) -> ImageFile.ImageFile:
+    opener = getattr(importlib.import_module(kind.module), kind.opener)
+    return cast("ImageFile.ImageFile", opener(io.BytesIO(data)))
