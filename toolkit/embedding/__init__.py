@@ -1,0 +1,1 @@
+"""From pixels to stored vectors: spec, weights, encoder, runner, store."""
