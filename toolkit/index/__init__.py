@@ -1,0 +1,1 @@
+"""From stored vectors to a published index: build, search, measure, curate."""
