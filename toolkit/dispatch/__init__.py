@@ -1,0 +1,1 @@
+"""From batches to outcomes, whatever road they take."""

@@ -1,0 +1,322 @@
+"""The local road: one supervised child process, kept warm between builds and queries.
+
+Law: a crash or a hang of the child costs what it had in flight, never this process. The
+child is started anew on the next batch.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from toolkit import errors
+from toolkit.config import Settings
+from toolkit.dispatch.base import Event, Finished, Lost
+from toolkit.dispatch.wire import read_frame, write_frame
+from toolkit.embedding.spec import EncoderRequest, EncoderSpec
+from toolkit.errors import (
+    ExecutorDiedError,
+    ExecutorStalledError,
+    ExecutorUnavailableError,
+    RoadError,
+    ToolkitError,
+)
+from toolkit.faults import point
+from toolkit.records import Batch, Outcome
+
+#: Seconds a model may take to load: weights may come over a slow line.
+LOAD_TIMEOUT_S = 900.0
+
+#: File bytes above which a batch is cut. Files are read by path here, so only the share of
+#: the work that one death repeats counts.
+BATCH_BYTES = 64 << 20
+
+#: Set in the environment of every child.
+_IN_CHILD = "TOOLKIT_IN_CHILD"
+
+_Frame = tuple[dict[str, Any], list[bytes]] | None
+
+
+class LocalExecutor:
+    """Runs batches in a child process of this one.
+
+    Args:
+        request: The encoder the child loads.
+        settings: ``data_dir``, ``device``, ``threads``, ``max_pixels`` and ``stall_s``.
+    """
+
+    road = "local"
+    #: One batch is computed while the next one is decoded.
+    window = 2
+    batch_bytes = BATCH_BYTES
+
+    def __init__(self, request: EncoderRequest, settings: Settings) -> None:
+        self._request, self._settings = request, settings
+        self._process: subprocess.Popen[bytes] | None = None
+        self._frames: queue.SimpleQueue[_Frame] = queue.SimpleQueue()
+        self._in_flight: dict[int, Batch] = {}
+        self._begun: set[int] = set()
+        self._unacknowledged = 0
+        self._last_sign = time.monotonic()
+        self._spec: EncoderSpec | None = None
+        self.device = ""
+
+    @property
+    def log_path(self) -> Path:
+        """Where the child's messages and crash dumps go."""
+        return self._settings.data_dir / "logs" / "embedder.log"
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the child, ``None`` while there is none."""
+        return self._process.pid if self._process else None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is in flight."""
+        return not self._in_flight
+
+    def start(self) -> EncoderSpec:
+        """Start the child if need be and wait until its model is loaded.
+
+        Raises:
+            ModelError: If the model cannot be made; the child's own words.
+            ExecutorUnavailableError: If the child dies or hangs before it is ready.
+        """
+        if self._process is not None and self._process.poll() is None and self._spec:
+            return self._spec
+        self._kill()
+        self._spawn()
+        try:
+            frame = self._frames.get(timeout=LOAD_TIMEOUT_S)
+        except queue.Empty:
+            self._kill()
+            raise ExecutorUnavailableError(
+                f"the model {self._request.model} was not loaded within {LOAD_TIMEOUT_S:.0f} s; "
+                f"see {self.log_path}"
+            ) from None
+        if frame is None:
+            raise ExecutorUnavailableError(
+                f"the embedding process ended while it loaded {self._request.model} "
+                f"({self._how_it_ended()}); see {self.log_path}"
+            )
+        if frame[0]["type"] == "error":
+            self._kill()
+            raise _rebuilt(frame[0])
+        self._spec = EncoderSpec.from_json(frame[0]["spec"])
+        self.device = frame[0]["device"]
+        return self._spec
+
+    def submit(self, batch: Batch, blobs: Mapping[int, bytes] | None = None) -> None:
+        """Take a batch; ``blobs`` are the bytes of items that have no file.
+
+        Raises:
+            ExecutorUnavailableError: If no child can be had.
+        """
+        blobs = blobs or {}
+        self.start()
+        if not self._in_flight:
+            self._last_sign = time.monotonic()
+        self._in_flight[batch.id] = batch
+        head = {"type": "batch", "batch": batch.to_json(), "blob_ids": list(blobs)}
+        self._ask(head, list(blobs.values()))
+
+    def events(self, timeout_s: float) -> list[Event]:
+        """See :class:`toolkit.dispatch.base.Executor`."""
+        while self._unacknowledged:
+            self._unacknowledged -= 1
+            self._ask({"type": "stored"})
+        deadline = time.monotonic() + timeout_s
+        while self._in_flight:
+            stalls = self._last_sign + self._settings.stall_s
+            now = time.monotonic()
+            if now >= stalls:
+                return self._lose(
+                    ExecutorStalledError(f"no progress for {self._settings.stall_s:g} s")
+                )
+            try:
+                frame = self._frames.get(timeout=max(0.0, min(deadline, stalls) - now))
+            except queue.Empty:
+                if time.monotonic() >= deadline:
+                    return []
+                continue
+            event = self._take(frame)
+            if event:
+                return event
+        return []
+
+    def close(self) -> None:
+        """Stop the child; batches in flight are dropped."""
+        self._kill()
+
+    def embed(self, items: Batch, blobs: Mapping[int, bytes]) -> Outcome:
+        """Run one batch alone, for a query: wait for it and give its outcome.
+
+        Raises:
+            RoadError: If the child died or hung over it.
+        """
+        self.submit(items, blobs)
+        while True:
+            for event in self.events(timeout_s=1.0):
+                if isinstance(event, Lost):
+                    raise event.error
+                return event.outcome
+
+    def _take(self, frame: _Frame) -> list[Event]:
+        self._last_sign = time.monotonic()
+        if frame is None:
+            return self._lose(ExecutorDiedError(self._how_it_ended()))
+        head, blobs = frame
+        if head["type"] == "stamp":
+            if head["stage"] == "start":
+                self._begun.add(head["item"])
+            elif head["stage"] == "done":
+                self._begun.discard(head["item"])
+                point("after-decode")
+            return []
+        outcome = Outcome.from_json(head, blobs[0])
+        self._in_flight.pop(outcome.batch_id, None)
+        self._unacknowledged += 1
+        return [Finished(outcome)]
+
+    def _lose(self, error: RoadError) -> list[Event]:
+        self._kill()
+        lost: list[Event] = [
+            Lost(batch.id, frozenset(i.id for i in batch.items if i.id in self._begun), error)
+            for batch in self._in_flight.values()
+        ]
+        self._in_flight.clear()
+        self._begun.clear()
+        return lost
+
+    def _spawn(self) -> None:
+        if _IN_CHILD in os.environ:
+            # Something that a child imports called us: each child would start another one.
+            raise ExecutorUnavailableError(
+                "an embedding process was asked to start another one: a module that is imported at "
+                "every start of Python runs a build or a query; put that under "
+                "`if __name__ == '__main__':`"
+            )
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.log_path, "ab") as log:
+            self._process = subprocess.Popen(
+                # -P: a file h2.py beside a notebook must not be taken for a library's module.
+                [sys.executable, "-P", "-m", "toolkit.dispatch.child"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, _IN_CHILD: "1"},
+                # A notebook's Interrupt goes to its whole process group.
+                start_new_session=True,
+            )
+        assert self._process.stdout is not None  # asked for above
+        self._frames = queue.SimpleQueue()
+        threading.Thread(
+            target=_pump, args=(self._process.stdout, self._frames), daemon=True
+        ).start()
+        self._ask(
+            {
+                "type": "load",
+                "request": self._request.to_json(),
+                "data_dir": str(self._settings.data_dir),
+                "device": self._settings.device,
+                "threads": self._settings.threads,
+                "max_pixels": self._settings.max_pixels,
+            }
+        )
+
+    def _ask(self, head: dict[str, Any], blobs: Sequence[bytes] = ()) -> None:
+        if self._process is None or self._process.stdin is None:
+            return
+        # A child that just died is found out by the end of its answers, in one place.
+        with contextlib.suppress(OSError):
+            write_frame(self._process.stdin, head, blobs)
+
+    def _how_it_ended(self) -> str:
+        if self._process is None:
+            return "it is gone"
+        try:
+            code = self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            return "it closed its pipe"
+        if code < 0:
+            return f"killed by {signal.Signals(-code).name}"
+        return f"ended with code {code}"
+
+    def _kill(self) -> None:
+        process, self._process = self._process, None
+        self._unacknowledged = 0
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            if os.name == "nt":
+                process.kill()
+            else:
+                # Its own session: whatever it started goes with it.
+                os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+
+def _pump(answers: IO[bytes], frames: queue.SimpleQueue[_Frame]) -> None:
+    """Move frames from a child's pipe to a queue; ``None`` at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        while (frame := read_frame(answers)) is not None:
+            frames.put(frame)
+    frames.put(None)
+
+
+def _rebuilt(head: dict[str, Any]) -> ToolkitError:
+    """The error that a child met, as the class it was."""
+    kind = getattr(errors, head["class"], None)
+    if isinstance(kind, type) and issubclass(kind, ToolkitError):
+        return kind(*head["args"])
+    return ExecutorUnavailableError(f"{head['class']}: {head['args']}")
+
+
+_warm: dict[tuple[object, ...], LocalExecutor] = {}
+_warm_lock = threading.RLock()
+
+
+@contextlib.contextmanager
+def warm_executor(request: EncoderRequest, settings: Settings) -> Iterator[LocalExecutor]:
+    """Borrow this process's child for an encoder; it stays warm for the next borrower.
+
+    One child is kept: a model in memory is large. It is dropped when it is left with batches
+    in flight, so that no borrower meets another's answers.
+    """
+    key = (request, settings.data_dir, settings.device, settings.threads, settings.max_pixels)
+    with _warm_lock:
+        executor = _warm.pop(key, None)
+        while _warm:
+            _warm.popitem()[1].close()
+        if executor is None:
+            executor = LocalExecutor(request, settings)
+        try:
+            yield executor
+        finally:
+            if executor.is_idle:
+                _warm[key] = executor
+            else:
+                executor.close()
+
+
+@atexit.register
+def close_warm() -> None:
+    """Stop the child that is kept warm."""
+    with _warm_lock:
+        while _warm:
+            _warm.popitem()[1].close()

@@ -1,0 +1,49 @@
+"""Frames between this process and an embedding child: a JSON head and raw blobs.
+
+Law: nothing that is read here is ever executed; a frame that cannot be read is a dead child.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from typing import IO, Any
+
+_HEAD = struct.Struct("<II")
+
+#: A frame longer than this is garbage, not a frame.
+MAX_FRAME_BYTES = 1 << 30
+
+
+def write_frame(file: IO[bytes], head: dict[str, Any], blobs: Sequence[bytes] = ()) -> None:
+    """Write one frame and flush it."""
+    text = json.dumps({**head, "blobs": [len(blob) for blob in blobs]}).encode()
+    file.write(_HEAD.pack(len(text), sum(map(len, blobs))))
+    file.write(text)
+    for blob in blobs:
+        file.write(blob)
+    file.flush()
+
+
+def read_frame(file: IO[bytes]) -> tuple[dict[str, Any], list[bytes]] | None:
+    """Read one frame; ``None`` at the end of the stream.
+
+    Raises:
+        ValueError: If what comes is not a frame.
+    """
+    head = file.read(_HEAD.size)
+    if len(head) < _HEAD.size:
+        return None
+    n_text, n_blobs = _HEAD.unpack(head)
+    if n_text + n_blobs > MAX_FRAME_BYTES:
+        raise ValueError(f"a frame of {n_text + n_blobs} bytes")
+    text, body = file.read(n_text), file.read(n_blobs)
+    if len(text) < n_text or len(body) < n_blobs:
+        return None
+    value: dict[str, Any] = json.loads(text)
+    blobs, start = [], 0
+    for size in value.pop("blobs"):
+        blobs.append(body[start : start + size])
+        start += size
+    return value, blobs
