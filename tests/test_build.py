@@ -1,0 +1,406 @@
+"""Whole builds with a real model process: what is new, what is gone, what is paid."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import toolkit as tk
+from tests.pictures import jpeg, write_bad_files, write_photos
+from tests.support import CHEAP, INDEX, build, build_cli, run_cli, table, wait_until
+from toolkit.dispatch.local import close_warm
+from toolkit.errors import (
+    BuildFailedError,
+    BuildInProgressError,
+    DatasetError,
+    IndexConflictError,
+    RunCancelledError,
+)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "datasets" / "photos"
+    write_photos(folder / "a", 6, seed=0)
+    write_photos(folder / "b", 6, seed=100)
+    return folder
+
+
+def test_first_build_indexes_every_photo_in_order_of_its_path(photos: Path) -> None:
+    run = build("photos")
+
+    with tk.open_index(INDEX) as index:
+        paths = index.to_pandas()["path"].tolist()
+        norms = np.linalg.norm(index.vectors.astype(np.float64), axis=1)
+    assert run.state == "done"
+    assert run.accounting.embedded == 12
+    assert paths == sorted(str(p) for p in photos.rglob("*.jpg"))
+    assert np.abs(norms - 1).max() < 1e-6
+
+
+def test_second_build_embeds_nothing_and_no_process_imports_torch(
+    photos: Path, tmp_path: Path
+) -> None:
+    write_bad_files(photos / "bad")
+    first = build_cli("photos")
+    (tmp_path / "data" / "logs" / "embedder.log").unlink()
+
+    # The variable reaches every child; each prints what it imports to its stderr.
+    second = build_cli("photos", env={"PYTHONPROFILEIMPORTTIME": "1"})
+
+    log = tmp_path / "data" / "logs" / "embedder.log"
+    imports = second["stderr"] + (log.read_text() if log.exists() else "")
+    assert first["exit"] == second["exit"] == 0
+    assert first["embedded"] >= 12
+    assert second["embedded"] == 0
+    assert second["failed"] == first["failed"] > 0
+    assert "toolkit.pipeline" in imports
+    assert " torch" not in imports
+
+
+def test_renamed_folder_is_not_embedded_again(photos: Path) -> None:
+    build("photos")
+    photos.rename(photos.with_name("pictures"))
+
+    run = build("pictures")
+
+    assert (run.accounting.embedded, run.accounting.indexed) == (0, 12)
+
+
+def test_copied_file_is_a_duplicate_and_not_embedded_again(photos: Path) -> None:
+    build("photos")
+    original = next(photos.rglob("*.jpg"))
+    shutil.copy(original, photos / "zz copy.jpg")
+
+    run = build("photos")
+
+    with tk.open_index(INDEX) as index:
+        (copies,) = index.duplicates()["paths"]
+    assert (run.accounting.embedded, run.accounting.duplicates) == (0, 1)
+    assert set(copies) == {str(original), str(photos / "zz copy.jpg")}
+
+
+def test_two_identical_new_files_are_embedded_once(photos: Path) -> None:
+    shutil.copy(next(photos.rglob("*.jpg")), photos / "copy.jpg")
+
+    run = build("photos")
+
+    assert (run.accounting.embedded, run.accounting.duplicates) == (12, 1)
+
+
+def test_second_index_over_the_same_photos_embeds_nothing(photos: Path) -> None:
+    build("photos")
+
+    run = build("photos", name="other")
+
+    assert (run.accounting.embedded, run.accounting.reused) == (0, 12)
+
+
+def test_removed_added_and_edited_files_are_each_reflected(photos: Path) -> None:
+    build("photos", limit=None)
+    files = sorted(photos.rglob("*.jpg"))
+    removed, edited = files[0], files[5]
+    removed.unlink()
+    (photos / "new.jpg").write_bytes(jpeg(seed=7777))
+    data = bytearray(edited.read_bytes())
+    # The same size and still a picture: one more byte of padding after the end, one less before
+    # would not do, so the colour of one pixel block changes through the quantisation table.
+    data[data.index(b"\xff\xdb") + 5] ^= 1
+    edited.write_bytes(data)
+
+    plan = tk.plan("photos", **CHEAP)
+    run = build("photos")
+
+    with tk.open_index(INDEX) as index:
+        paths = set(index.to_pandas()["path"])
+    assert (plan.changes.new, plan.changes.changed, plan.changes.deleted) == (1, 1, 1)
+    assert run.accounting.embedded == 2
+    assert str(removed) not in paths
+    assert str(photos / "new.jpg") in paths
+
+
+def test_index_grown_step_by_step_equals_one_built_at_once(photos: Path, tmp_path: Path) -> None:
+    build("photos", limit=5, name="grown")
+    build("photos", limit=9, name="grown")
+    build("photos", name="grown")
+    tk.configure(data_dir=tmp_path / "elsewhere")
+    build("photos", name="whole")
+
+    with tk.open_index("whole") as whole:
+        expected = table(whole)
+    tk.configure(data_dir=None)
+    with tk.open_index("grown") as grown:
+        assert table(grown) == expected
+
+
+def test_bad_files_are_listed_with_their_reasons_and_cost_nothing_else(photos: Path) -> None:
+    expected = write_bad_files(photos / "bad")
+
+    run = build("photos")
+
+    reasons = {Path(f["path"]).name: f["reason"] for f in run.failures.to_dict("records")}
+    books = run.accounting
+    assert run.state == "done"
+    assert books.found == books.indexed + books.duplicates + books.failed + books.excluded
+    assert reasons.keys() == expected.keys()
+    for name, word in expected.items():
+        assert word in reasons[name], name
+
+
+def test_every_identical_corrupt_file_counts_as_failed(photos: Path) -> None:
+    for name in ("x.jpg", "y.jpg", "z.jpg"):
+        (photos / name).write_bytes(b"no picture at all")
+
+    first = build("photos")
+    second = build("photos")
+
+    assert first.accounting.failed == second.accounting.failed == 3
+    assert len(second.failures) == 3
+
+
+def test_retry_failed_tries_again_what_is_known_to_be_no_picture(photos: Path) -> None:
+    (photos / "x.jpg").write_bytes(b"no picture at all")
+    build("photos")
+
+    run = build("photos", retry_failed=True)
+
+    assert (run.record.batches["local"], run.accounting.failed) == (1, 1)
+
+
+@pytest.mark.parametrize("kind", ["empty", "all bad"])
+def test_nothing_to_index_is_an_error_and_publishes_nothing(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "datasets" / "photos"
+    folder.mkdir(parents=True)
+    if kind == "all bad":
+        (folder / "x.jpg").write_bytes(b"no picture at all")
+
+    with pytest.raises(BuildFailedError) as caught:
+        build("photos")
+
+    assert "photos" in str(caught.value)
+    assert tk.indexes() == []
+
+
+def test_missing_dataset_is_wrong_use_and_names_what_there_is(photos: Path) -> None:
+    answer = build_cli("fotos")
+
+    assert answer["exit"] == 2
+    assert "photos" in answer["stderr"]
+
+
+def test_emptied_dataset_is_held_until_it_is_accepted(photos: Path, tmp_path: Path) -> None:
+    build("photos")
+    with tk.open_index(INDEX) as index:
+        before = table(index)
+    shutil.rmtree(photos)
+    photos.mkdir()
+
+    held = build("photos")
+    with tk.open_index(INDEX) as index:
+        while_held = table(index)
+    exit_code = build_cli("photos")["exit"]
+    released = held.publish()
+
+    with tk.open_index(INDEX) as index:
+        after = table(index)
+    assert held.state == "held"
+    assert "12 of the 12" in str(held.record.error)
+    assert exit_code == 1
+    assert while_held == before
+    assert (released.state, after) == ("done", [])
+
+
+def test_losing_a_tenth_is_published_and_more_is_held(photos: Path) -> None:
+    write_photos(photos / "c", 8, seed=200)
+    build("photos")
+    files = sorted(photos.rglob("*.jpg"))
+    for file in files[:2]:
+        file.unlink()
+
+    tenth = build("photos")
+    files[2].unlink()
+    files[3].unlink()
+    more = build("photos")
+
+    assert (tenth.state, more.state) == ("done", "held")
+
+
+def test_unreadable_files_keep_their_vectors(photos: Path) -> None:
+    # Without these capabilities root is refused like anybody else.
+    drop = "-dac_override,-dac_read_search"
+    denied = ("setpriv", f"--bounding-set={drop}", f"--inh-caps={drop}")
+    write_photos(photos / "c", 40, seed=200)
+    build("photos")
+    with tk.open_index(INDEX) as index:
+        before = table(index)
+    one = next((photos / "c").iterdir())
+    one.chmod(0)
+
+    one_file = build_cli("photos", prefix=denied)
+    (photos / "a").chmod(0)
+    whole_folder = build_cli("photos", prefix=denied)
+    accepted = build_cli("photos", "--accept-changes", prefix=denied)
+
+    with tk.open_index(INDEX) as index:
+        after = table(index)
+    assert (one_file["state"], one_file["kept"]) == ("done", 1)
+    assert (whole_folder["exit"], whole_folder["state"]) == (1, "held")
+    assert (accepted["state"], accepted["kept"], accepted["embedded"]) == ("done", 7, 0)
+    assert after == before
+    (photos / "a").chmod(0o755)
+
+
+def test_vanished_file_is_not_kept(photos: Path) -> None:
+    build("photos")
+    next(photos.rglob("*.jpg")).unlink()
+
+    run = build("photos")
+
+    assert (run.accounting.indexed, run.accounting.kept) == (11, 0)
+
+
+def test_other_sources_or_another_encoder_are_refused_unless_replaced(
+    photos: Path, tmp_path: Path
+) -> None:
+    write_photos(tmp_path / "others", 3, seed=500)
+    build("photos", name="mine")
+
+    with pytest.raises(IndexConflictError, match="was built from"):
+        build(tmp_path / "others", name="mine")
+    with pytest.raises(IndexConflictError, match="64-d vectors of test_vit"):
+        build("photos", name="mine", model="test_vit2")
+    run = build(tmp_path / "others", name="mine", replace=True)
+
+    assert (run.state, run.accounting.indexed) == ("done", 3)
+
+
+def test_second_build_of_an_index_is_refused_with_the_run_that_has_it(photos: Path) -> None:
+    write_photos(photos / "many", 400, seed=1000)
+    first = build("photos", wait=False)
+
+    with pytest.raises(BuildInProgressError, match=first.run_id):
+        build("photos")
+
+    assert first.wait(timeout_s=120).state == "done"
+
+
+def test_detached_build_is_found_by_attach_and_can_be_cancelled(photos: Path) -> None:
+    write_photos(photos / "many", 800, seed=1000)
+    run = build("photos", wait=False)
+    wait_until(lambda: run.progress.done > 0 and run.progress.stage == "embed", "progress")
+
+    tk.attach().cancel()
+    with pytest.raises(RunCancelledError):
+        run.wait(timeout_s=60)
+
+    again = build("photos")
+    assert 0 < run.accounting.embedded < 812
+    assert again.accounting.embedded == 812 - run.accounting.embedded
+
+
+def test_interrupt_ends_with_130_and_the_next_build_goes_on(photos: Path) -> None:
+    write_photos(photos / "many", 800, seed=1000)
+    run = build("photos", wait=False)
+    wait_until(lambda: run.accounting.embedded > 0, "an embedded image")
+
+    os.kill(run.record.pid, 2)
+    wait_until(lambda: not run.state.is_live, "the end of the run")
+
+    again = build("photos")
+    assert run.state == "interrupted"
+    assert again.accounting.embedded == 812 - run.accounting.embedded
+
+
+def test_full_disk_is_one_clear_error_and_the_next_build_goes_on(
+    photos: Path, tmp_path: Path
+) -> None:
+    disk = tmp_path / "small"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], check=False)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        tk.configure(data_dir=disk)
+        build("photos")
+        with tk.open_index(INDEX) as index:
+            before = table(index)
+        close_warm()
+        (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - (200 << 10)))
+        write_photos(photos / "many", 600, seed=1000)
+
+        full = build_cli("photos", env={"TOOLKIT_DATA_DIR": str(disk)})
+        with tk.open_index(INDEX) as index:
+            untouched = table(index)
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        after = build("photos")
+
+        assert full["exit"] == 1
+        assert "disk is full" in full["stderr"]
+        assert untouched == before
+        assert (after.state, after.accounting.indexed) == ("done", 612)
+    finally:
+        # The child's log lies on that disk, and so does what this process has mapped.
+        close_warm()
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_threads_do_not_show_in_the_result(photos: Path, tmp_path: Path) -> None:
+    build("photos")
+    with tk.open_index(INDEX) as index:
+        two = np.array(index.vectors)
+    tk.configure(threads=1, data_dir=tmp_path / "elsewhere")
+    build("photos")
+
+    with tk.open_index(INDEX) as index:
+        assert np.abs(index.vectors - two).max() <= 1e-5
+
+
+def test_settings_changed_after_import_are_used_by_the_next_call(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_photos(tmp_path / "elsewhere" / "few", 2, seed=900)
+    monkeypatch.setenv("TOOLKIT_DATASETS_DIR", str(tmp_path / "elsewhere"))
+
+    by_environment = build("few", name="few")
+    tk.configure(datasets_dir=photos.parent)
+    with pytest.raises(DatasetError):
+        build("few", name="few")
+
+    assert by_environment.accounting.indexed == 2
+
+
+def test_progress_is_told_while_a_build_runs(photos: Path) -> None:
+    write_photos(photos / "many", 400, seed=1000)
+    seen = set()
+    run = build("photos", wait=False)
+
+    def watch() -> None:
+        while run.state.is_live:
+            seen.add(run.progress.stage)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    run.wait(timeout_s=120)
+    watcher.join(timeout=10)
+
+    assert "embed" in seen
+
+
+def test_failures_are_written_as_csv(photos: Path, tmp_path: Path) -> None:
+    (photos / "x.jpg").write_bytes(b"no picture at all")
+    run = build("photos")
+
+    done = run_cli("runs", run.run_id, "--csv", tmp_path / "failures.csv")
+
+    lines = (tmp_path / "failures.csv").read_text().splitlines()
+    assert done.returncode == 0
+    assert lines[0] == "path,kind,reason,dataset"
+    assert str(photos / "x.jpg") in lines[1]

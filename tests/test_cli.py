@@ -1,0 +1,190 @@
+"""The command line as a user types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.pictures import jpeg, write_photos
+from tests.support import CHEAP_FLAGS, INDEX, build_cli, run_cli
+from toolkit.cli import main
+
+#: Keys that scripts rely on.
+BUILD_KEYS = {
+    "run_id",
+    "index",
+    "state",
+    "found",
+    "indexed",
+    "duplicates",
+    "failed",
+    "excluded",
+    "pending",
+    "embedded",
+    "reused",
+    "batches",
+    "fallback_reason",
+    "moves",
+    "recall_at_10",
+    "seconds",
+}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "datasets" / "photos"
+    write_photos(folder / "a", 5, seed=0)
+    write_photos(folder / "b", 5, seed=100)
+    return folder
+
+
+def test_every_command_has_help_that_says_what_it_does() -> None:
+    for name, command in main.commands.items():
+        assert command.help, name
+        assert command.help.strip().endswith("."), name
+
+
+def test_help_is_quick_and_loads_no_torch() -> None:
+    code = (
+        "import sys, time; start = time.perf_counter()\n"
+        "import toolkit, toolkit.cli\n"
+        "heavy = {'torch', 'timm', 'numpy', 'pandas', 'PIL', 'usearch'} & set(sys.modules)\n"
+        "print(heavy or 'light')\n"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert done.stdout.strip() == "light", done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        (["build"], "Missing argument"),
+        (["build", "nowhere"], "TOOLKIT_DATASETS_DIR"),
+        (["search", "nothing", "x.jpg"], "toolkit build"),
+        (["attach"], "toolkit runs"),
+        (["runs", "../../etc"], "toolkit runs"),
+        (["logs", "20200101-000000-abcdef"], "toolkit runs"),
+        (["build", ".", "--local", "--require-workers"], "exclude each other"),
+        (["build", ".", "--model", "../evil", "--random-weights"], "timm"),
+    ],
+)
+def test_wrong_use_is_one_sentence_with_a_cure_and_exit_code_2(args: list[str], word: str) -> None:
+    done = run_cli(*args)
+
+    assert done.returncode == 2
+    assert word in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_bad_setting_names_the_allowed_values() -> None:
+    done = run_cli("indexes", env={"TOOLKIT_THREADS": "many"})
+
+    assert done.returncode == 2
+    assert "TOOLKIT_THREADS='many'" in done.stderr
+    assert "a whole number from 1" in done.stderr
+
+
+def test_lists_of_an_empty_world_say_what_to_do() -> None:
+    assert "toolkit build" in run_cli("indexes").stdout
+    assert "toolkit build" in run_cli("runs").stdout
+    assert json.loads(run_cli("indexes", "--json").stdout) == []
+
+
+@pytest.mark.slow
+def test_build_search_and_lists_answer_with_the_promised_keys(photos: Path) -> None:
+    built = build_cli("photos")
+    query = next(photos.rglob("*.jpg"))
+
+    found = json.loads(run_cli("search", INDEX, query, "-k", "3", "--json").stdout)
+    runs = json.loads(run_cli("runs", "--json").stdout)
+    indexes = json.loads(run_cli("indexes", "--json").stdout)
+    datasets = json.loads(run_cli("datasets", "--json").stdout)
+
+    assert built["exit"] == 0
+    assert built.keys() >= BUILD_KEYS
+    assert [list(hit) for hit in found] == [["rank", "score", "path", "dataset", "paths"]] * 3
+    assert [hit["rank"] for hit in found] == [1, 2, 3]
+    assert str(query) not in [hit["path"] for hit in found]
+    assert [run["run_id"] for run in runs] == [built["run_id"]]
+    assert [(i["name"], i["images"]) for i in indexes] == [(INDEX, 10)]
+    assert [(d["name"], d["images"], d["indexes"]) for d in datasets] == [("photos", 10, [INDEX])]
+
+
+@pytest.mark.slow
+def test_dry_run_prints_the_plan_and_writes_no_vector(photos: Path, tmp_path: Path) -> None:
+    done = run_cli("build", "photos", *CHEAP_FLAGS, "--dry-run", "--json")
+
+    plan = json.loads(done.stdout)
+    assert (plan["to_embed"], plan["changes"]["new"]) == (10, 10)
+    assert not (tmp_path / "data" / "vectors").exists()
+    assert run_cli("runs").stdout.startswith("no run")
+
+
+@pytest.mark.slow
+def test_export_and_import_give_the_same_neighbours(photos: Path, tmp_path: Path) -> None:
+    build_cli("photos")
+    query = next(photos.rglob("*.jpg"))
+    before = run_cli("search", INDEX, query, "--json").stdout
+
+    exported = run_cli("export", INDEX, tmp_path / "out")
+    elsewhere = {"TOOLKIT_DATA_DIR": str(tmp_path / "elsewhere")}
+    imported = run_cli("import", tmp_path / "out", "--name", INDEX, env=elsewhere)
+    after = run_cli("search", INDEX, query, "--json", env=elsewhere).stdout
+    rebuilt = build_cli("photos", "--name", "again", env=elsewhere)
+
+    assert (exported.returncode, imported.returncode) == (0, 0)
+    assert (tmp_path / "out" / "img_emb" / "img_emb_0.npy").exists()
+    assert after == before
+    assert rebuilt["embedded"] == 0
+
+
+@pytest.mark.slow
+def test_gc_removes_what_no_index_uses_and_nothing_else(photos: Path) -> None:
+    build_cli("photos")
+    kept = json.loads(run_cli("store", "gc", "--json").stdout)
+    for file in sorted((photos / "a").iterdir()):
+        file.unlink()
+    build_cli("photos", "--accept-changes")
+    build_cli("photos", "--accept-changes")
+    (photos / "new.jpg").write_bytes(jpeg(seed=77))
+    build_cli("photos", "--accept-changes")
+
+    removed = json.loads(run_cli("store", "gc", "--json").stdout)
+    usage = json.loads(run_cli("store", "du", "--json").stdout)
+
+    assert kept["n_vectors"] == 0
+    assert removed["n_vectors"] == 5
+    assert [row["n_vectors"] for row in usage] == [6]
+    assert build_cli("photos")["embedded"] == 0
+
+
+@pytest.mark.slow
+def test_terminal_shows_model_device_road_and_where_it_writes(photos: Path) -> None:
+    parent, child = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "toolkit.cli", "build", "photos", *CHEAP_FLAGS],
+        stdin=child,
+        stdout=child,
+        stderr=child,
+    )
+    os.close(child)
+
+    shown = b""
+    while True:
+        try:
+            shown += os.read(parent, 65536)
+        except OSError:  # the other end is closed: the command has ended
+            break
+
+    assert process.wait(timeout=60) == 0
+    for word in (b"64-d vectors of test_vit", b"device cpu", b"road local", b"writes to"):
+        assert word in shown
+    assert b"found 10 = indexed 10" in shown

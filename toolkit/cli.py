@@ -1,0 +1,406 @@
+"""The command line: parse, call, print, exit code.
+
+Exit codes: 0 done, 1 the work failed or was cancelled, 2 wrong use, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from toolkit import config, display
+from toolkit.errors import RunError, ToolkitError, UsageError
+
+#: Exit code of a process that Ctrl-C ended, as shells have it.
+EXIT_INTERRUPTED = 130
+
+
+class _Cli(click.Group):
+    """Turns this package's errors into one sentence and an exit code."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run, print what went wrong, exit."""
+        kwargs["standalone_mode"] = False
+        try:
+            result = super().main(*args, **kwargs)
+            sys.exit(result if isinstance(result, int) else 0)
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("interrupted; what is stored is kept, build again to go on", err=True)
+            sys.exit(EXIT_INTERRUPTED)
+        except ToolkitError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(2 if isinstance(error, UsageError) else 1)
+        except BrokenPipeError:
+            # Whoever read our output (`| head`) has seen enough.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+
+
+@click.group(cls=_Cli, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="image-index-toolkit")
+@click.option("-v", "--verbose", count=True, help="Log what happens on stderr; twice for more.")
+@click.option("--data-dir", help="Where vectors, indexes and runs lie (TOOLKIT_DATA_DIR).")
+@click.option("--datasets-dir", help="Where datasets lie (TOOLKIT_DATASETS_DIR).")
+def main(verbose: int, data_dir: str | None, datasets_dir: str | None) -> None:
+    r"""Turn folders of images into a searchable vector index.
+
+    \b
+    toolkit demo                      see it work on sample photos
+    toolkit build ~/Pictures          index a folder
+    toolkit search Pictures cat.jpg   find what looks like cat.jpg
+
+    A second build of the same folder embeds only what is new. Every setting is an
+    environment variable or a key of toolkit.toml as well; `toolkit settings` shows them.
+    """
+    config.configure(data_dir=data_dir, datasets_dir=datasets_dir)
+    level = [config.resolve().log_level.upper(), "INFO", "DEBUG"][min(verbose, 2)]
+    logging.basicConfig(level=level, format="%(levelname)s %(message)s", stream=sys.stderr)
+
+
+@main.command()
+@as_json
+def settings(as_json: bool) -> None:
+    """Show every setting, its value and where that came from."""
+    found = config.resolve()
+    if as_json:
+        _print_json(
+            {
+                field: {"value": config.shown(found, field), "source": source}
+                for field, source in found.sources.items()
+            }
+        )
+    else:
+        click.echo(repr(found))
+
+
+@main.command()
+@as_json
+def datasets(as_json: bool) -> None:
+    """List the datasets that have a name: the folders under the datasets folder."""
+    from toolkit import api  # deferred, here and below: --help is to take less than 0.3 s
+
+    rows = api.datasets()
+    if not as_json and not rows:
+        click.echo(f"no folder under {config.resolve().datasets_dir}; any path works as well")
+        return
+    _print_rows(rows, ["name", "images", "indexes", "path"], as_json)
+
+
+@main.command()
+@click.argument("datasets", nargs=-1, required=True, metavar="NAME|FOLDER|LIST...")
+@click.option("--name", help="Name of the index.  [default: the datasets' names joined by +]")
+@click.option("--model", help="Any timm name (TOOLKIT_MODEL).")
+@click.option("--checkpoint-path", help="Weights: a file, or a folder with model.safetensors.")
+@click.option("--random-weights", is_flag=True, help="Random weights, for tests.")
+@click.option("--head", default="features", help="features, or projection for a CLIP tower.")
+@click.option("--img-size", type=int, help="Side of the model's input in pixels.")
+@click.option("--device", help="auto, cpu, or a torch device such as cuda:0.")
+@click.option("--local", is_flag=True, help="Embed in this machine's own process.")
+@click.option("--require-workers", is_flag=True, help="Embed on workers or not at all.")
+@click.option("--include", multiple=True, help="Take only files that match; may be repeated.")
+@click.option("--exclude", multiple=True, help="Leave out what matches, besides the default.")
+@click.option("--limit", type=click.IntRange(min=1), help="Take only that many images.")
+@click.option("--dtype", default="f16", type=click.Choice(["f32", "f16", "i8"]), show_default=True)
+@click.option("--retry-failed", is_flag=True, help="Try again what is known to be no picture.")
+@click.option("--replace", is_flag=True, help="Build over an index of other sources or encoder.")
+@click.option("--accept-changes", is_flag=True, help="Publish losses that would be held.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and an estimate; embed nothing.")
+@click.option("--detach", is_flag=True, help="Return at once; the build goes on by itself.")
+@as_json
+def build(
+    datasets: tuple[str, ...],
+    local: bool,
+    require_workers: bool,
+    random_weights: bool,
+    exclude: tuple[str, ...],
+    dry_run: bool,
+    detach: bool,
+    as_json: bool,
+    **options: Any,
+) -> int:
+    """Build or update an index.
+
+    A dataset is the name of a folder under the datasets folder, any folder, or a .txt or
+    .csv list of files. Only what is new is embedded. Exit code 1 when nothing could be
+    published, or the build was held because too much would be lost.
+    """
+    from toolkit import api
+    from toolkit.images.walk import DEFAULT_EXCLUDES
+
+    if local and require_workers:
+        raise click.UsageError("--local and --require-workers exclude each other")
+    options["distributed"] = "require" if require_workers else not local
+    options["pretrained"] = not random_weights
+    options["exclude"] = (*DEFAULT_EXCLUDES, *exclude)
+    if dry_run:
+        _print_plan(api.plan(list(datasets), **options), as_json)
+        return 0
+    try:
+        run = api.build_index(list(datasets), wait=not detach, **options)
+    except RunError as error:
+        if as_json and error.run_id:
+            _print_json(api.attach(error.run_id).record.summary())
+        raise
+    _print_run(run, as_json)
+    return 1 if run.state == "held" else 0
+
+
+@main.command()
+@click.argument("index")
+@click.argument("image")
+@click.option("-k", default=12, show_default=True, type=click.IntRange(min=1), help="Hits wanted.")
+@click.option("--where", help="A dataset, or a path pattern such as 'cats/*'.")
+@click.option("--include-self", is_flag=True, help="Let the image itself be among the hits.")
+@click.option("--sheet", type=click.Path(dir_okay=False), help="Write a contact sheet (PNG).")
+@as_json
+def search(
+    index: str,
+    image: str,
+    k: int,
+    where: str | None,
+    include_self: bool,
+    sheet: str | None,
+    as_json: bool,
+) -> None:
+    """Find the images of INDEX that look like IMAGE."""
+    from toolkit import api
+
+    with api.open_index(index) as opened:
+        hits = opened.search(image, k=k, where=where, include_self=include_self)
+    if as_json:
+        _print_json([hit.to_json() for hit in hits])
+    else:
+        click.echo(repr(hits))
+    if sheet:
+        from toolkit.contact_sheet import write_contact_sheet
+
+        click.echo(f"contact sheet: {write_contact_sheet(image, hits, Path(sheet))}", err=as_json)
+
+
+@main.command()
+@as_json
+def indexes(as_json: bool) -> None:
+    """List the published indexes."""
+    from toolkit import api
+
+    columns = ["name", "images", "encoder", "dtype", "recall_at_10", "created"]
+    _print_rows(api.indexes(), columns, as_json, empty="no index yet; make one: toolkit build")
+
+
+@main.command()
+@click.argument("run_id", required=False)
+@click.option("--failures", is_flag=True, help="List what failed in RUN_ID.")
+@click.option("--csv", type=click.Path(dir_okay=False), help="Write what failed to a CSV file.")
+@as_json
+def runs(run_id: str | None, failures: bool, csv: str | None, as_json: bool) -> None:
+    """List the runs, the newest first, or show one."""
+    from toolkit import api
+
+    if run_id is None:
+        if failures or csv:
+            raise click.UsageError("--failures and --csv need a RUN_ID")
+        rows = [run.record.summary() for run in api.runs()]
+        columns = ["run_id", "index", "state", "found", "indexed", "failed", "embedded", "seconds"]
+        _print_rows(rows, columns, as_json, empty="no run yet; start one: toolkit build")
+        return
+    run = api.attach(run_id)
+    if csv:
+        run.failures.to_csv(csv, index=False)
+        click.echo(f"{len(run.failures)} failures: {csv}", err=as_json)
+    elif failures:
+        _print_rows(run.failures.to_dict("records"), ["kind", "path", "reason"], as_json)
+    else:
+        _print_run(run, as_json)
+
+
+@main.command()
+@click.argument("run_id", required=False)
+@as_json
+def attach(run_id: str | None, as_json: bool) -> None:
+    """Watch a run until it ends: RUN_ID, or the newest live one."""
+    from toolkit import api
+
+    _print_run(api.attach(run_id).wait(), as_json)
+
+
+@main.command()
+@click.argument("run_id")
+def cancel(run_id: str) -> None:
+    """Stop a run; what is embedded by then is kept."""
+    from toolkit import api
+
+    api.attach(run_id).cancel()
+    click.echo(f"asked run {run_id} to stop; it looks between batches")
+
+
+@main.command()
+@click.argument("run_id")
+def logs(run_id: str) -> None:
+    """Print the log of a run."""
+    from toolkit import api
+
+    click.echo(api.attach(run_id).logs(), nl=False)
+
+
+@main.command()
+@click.option("--photo", default="monuments/colosseum.webp", help="The sample to query.")
+@as_json
+def demo(photo: str, as_json: bool) -> None:
+    """Build an index of the sample photos and look for the neighbours of one."""
+    from toolkit import demo as sample
+
+    shown = sample.run(photo)
+    if as_json:
+        _print_json([hit.to_json() for hit in shown.hits])
+        return
+    click.echo(f"\nnearest to {shown.query}:")
+    click.echo(repr(shown.hits))
+    click.echo(f"\ncontact sheet: {shown.sheet}")
+    click.echo(f"search on:     toolkit search {sample.INDEX} PICTURE")
+
+
+@main.group()
+def model() -> None:
+    """Weights of models."""
+
+
+@model.command()
+@click.argument("name")
+def pull(name: str) -> None:
+    """Fetch the weights of a timm model once, so that builds need no network."""
+    from toolkit import api
+
+    click.echo(f"ready: {api.pull_model(name).describe()}")
+
+
+@main.command("export")
+@click.argument("index")
+@click.argument("folder", type=click.Path(file_okay=False))
+def export_index(index: str, folder: str) -> None:
+    """Write an index in clip-retrieval's layout: img_emb/*.npy, metadata/*.parquet."""
+    from toolkit import api
+
+    n = api.export_index(index, folder)
+    click.echo(f"{n} vectors in {folder}")
+
+
+@main.command("import")
+@click.argument("folder", type=click.Path(exists=True, file_okay=False))
+@click.option("--name", required=True, help="Name of the index.")
+@click.option("--replace", is_flag=True, help="Build over an index of that name.")
+def import_index(folder: str, name: str, replace: bool) -> None:
+    """Read vectors in clip-retrieval's layout into an index."""
+    from toolkit import api
+
+    index = api.import_index(folder, name=name, replace=replace)
+    click.echo(repr(index))
+
+
+@main.group()
+def store() -> None:
+    """The vectors on disk."""
+
+
+@store.command()
+@as_json
+def du(as_json: bool) -> None:
+    """Show what the vectors of each encoder take."""
+    from toolkit import api
+
+    rows = api.store_usage()
+    _print_rows(rows, ["model", "n_vectors", "n_bytes", "fingerprint"], as_json, empty="empty")
+
+
+@store.command()
+@as_json
+def gc(as_json: bool) -> None:
+    """Remove vectors that no index uses. Nothing else ever removes one."""
+    from toolkit import api
+
+    found = api.store_gc()
+    if as_json:
+        _print_json(found)
+    else:
+        click.echo(f"removed {found['n_vectors']} vectors, {found['n_bytes'] / 1e6:.1f} MB")
+
+
+@main.command(hidden=True)
+@click.argument("run_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def drive(run_dir: Path) -> None:
+    """Run a build that was queued; started by `build --detach`."""
+    from toolkit import api
+
+    api.drive(run_dir)
+
+
+def _print_run(run: Any, as_json: bool) -> None:
+    if as_json:
+        _print_json(run.record.summary())
+    else:
+        click.echo(repr(run))
+        if len(failures := run.failures):
+            click.echo(f"{len(failures)} failed: toolkit runs {run.run_id} --failures")
+
+
+def _print_plan(plan: Any, as_json: bool) -> None:
+    if as_json:
+        _print_json(dataclasses.asdict(plan))
+        return
+    changes = dataclasses.asdict(plan.changes)
+    click.echo(
+        f"found {plan.found:,}: " + ", ".join(f"{n:,} {what}" for what, n in changes.items())
+    )
+    for rule, n in sorted(plan.excluded.items()):
+        click.echo(f"left out {n:,}: {rule}")
+    estimate = display.seconds_text(plan.seconds)
+    click.echo(f"to embed {plan.to_embed:,} (estimate: {estimate}), reused {plan.reused:,}")
+    click.echo(f"known to fail {plan.failed:,}")
+    click.echo(f"writes {plan.needed_bytes / 1e6:,.0f} MB of {plan.free_bytes / 1e6:,.0f} MB free")
+    if plan.held:
+        click.echo(f"would be held: {plan.held} (--accept-changes publishes it)")
+
+
+def _print_rows(
+    rows: Sequence[Mapping[Any, Any]], columns: list[str], as_json: bool, empty: str = "none"
+) -> None:
+    if as_json:
+        _print_json(rows)
+        return
+    if not rows:
+        click.echo(empty)
+        return
+    cells = [columns, *([_cell(row[column]) for column in columns] for row in rows)]
+    widths = [max(len(line[place]) for line in cells) for place in range(len(columns))]
+    for line in cells:
+        padded = (f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True))
+        click.echo("  ".join(padded).rstrip())
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value)) or "-"
+    return "-" if value is None else str(value)
+
+
+def _print_json(value: object) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""How runs and answers look: live progress, and what a notebook or a terminal shows.
+
+Law: JupyterLab's sanitiser keeps tables, ``progress``, ``img`` with ``data:`` and inline
+styles, and nothing else; every text is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from toolkit.errors import ImageError
+from toolkit.journal import Progress, RunRecord, RunState
+
+if TYPE_CHECKING:
+    from toolkit.search import Hits
+
+#: Longer side of a thumbnail in pixels: about 5 KB each as base64.
+THUMBNAIL_PX = 128
+
+#: Failures that a run shows in a notebook; the table has them all.
+SHOWN_FAILURES = 10
+
+Show = Callable[[RunRecord], None]
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Show]:
+    """Show how far a run is, where this process can: a kernel, a terminal, or nowhere.
+
+    Yields:
+        A function to call with the record whenever it changed.
+    """
+    if in_kernel():
+        yield _kernel_progress()
+    elif sys.stderr.isatty():
+        with _Terminal() as terminal:
+            yield terminal.show
+    else:
+        yield lambda record: None
+
+
+def in_kernel() -> bool:
+    """Whether this process is a notebook's kernel."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return hasattr(shell, "kernel")
+
+
+def _kernel_progress() -> Show:
+    # Deferred: there is an IPython only in a kernel. One display handle leaves one clean
+    # output in a saved notebook, where a progress bar's widget would be dead.
+    from IPython import display
+
+    handle = display.display(display.HTML(""), display_id=True)  # type: ignore[no-untyped-call]  # IPython's
+
+    def show(record: RunRecord) -> None:
+        handle.update(display.HTML(run_html(record)))  # type: ignore[no-untyped-call]  # IPython's
+
+    return show
+
+
+class _Terminal:
+    """One bar a stage, on stderr, under a line that says what does the work and where."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._stage = ""
+        self._has_header = False
+
+    def __enter__(self) -> _Terminal:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._close()
+
+    def show(self, record: RunRecord) -> None:
+        from tqdm import tqdm  # deferred: only a terminal needs it
+
+        if record.road and not self._has_header:
+            self._has_header = True
+            self._close()
+            tqdm.write(header(record), file=sys.stderr)
+        if record.stage != self._stage:
+            self._close()
+            self._stage = record.stage
+            if record.stage:
+                total = record.total or None
+                self._bar = tqdm(desc=f"{record.stage:<7}", total=total, unit=" images")
+        if self._bar is not None:
+            self._bar.total = record.total or None
+            self._bar.update(record.done - self._bar.n)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def header(record: RunRecord) -> str:
+    """What does the work, and where it goes."""
+    parts = [record.encoder, f"device {record.device}", f"road {record.road}"]
+    if record.fallback_reason:
+        parts.append(record.fallback_reason)
+    return " · ".join([*parts, f"writes to {record.folder}"])
+
+
+def seconds_text(seconds: float | None) -> str:
+    """A duration as people say it: ``42 s``, ``3 min 05 s``, ``2 h 10 min``."""
+    if seconds is None:
+        return "unknown"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def progress_text(progress: Progress) -> str:
+    """Stage, count, rate and time left in one line."""
+    if not progress.stage:
+        return str(progress.state)
+    text = f"{progress.stage} {progress.done:,}"
+    if progress.total:
+        text += f" of {progress.total:,}"
+    if progress.rate:
+        text += f", {progress.rate:.1f} images/s"
+    if progress.eta_s is not None:
+        text += f", {seconds_text(progress.eta_s)} left"
+    return text
+
+
+def books_text(record: RunRecord) -> str:
+    """The accounting in one line."""
+    books = record.accounting
+    parts = [
+        f"found {books.found:,} = indexed {books.indexed:,} + duplicates {books.duplicates:,}"
+        f" + failed {books.failed:,} + excluded {books.excluded:,} + pending {books.pending:,}",
+        f"embedded {books.embedded:,}, reused {books.reused:,}",
+    ]
+    if books.kept:
+        parts.append(f"{books.kept:,} unreadable now, old vectors kept")
+    return "; ".join(parts)
+
+
+def run_text(record: RunRecord) -> str:
+    """A run in a terminal."""
+    lines = [f"run {record.run_id} · index {record.index} · {record.state}"]
+    if record.state.is_live:
+        lines.append(progress_text(record.progress))
+    elif record.state in (RunState.DONE, RunState.HELD):
+        lines.append(books_text(record))
+        lines.append(f"{seconds_text(record.seconds)}{_recall_text(record)}")
+    if record.error:
+        lines.append(record.error)
+    return "\n".join(lines)
+
+
+def run_html(record: RunRecord, failures: Sequence[Mapping[str, Any]] = ()) -> str:
+    """A run in a notebook, live or ended."""
+    parts = [f"<b>{escape(record.index)}</b> · {record.state} · run {escape(record.run_id)}"]
+    if record.road:
+        parts.append(escape(header(record)))
+    if record.state.is_live:
+        at = record.progress
+        bar = f' value="{at.done}" max="{at.total}"' if at.total else ""
+        parts.append(f'<progress{bar} style="width:24em"></progress> {escape(progress_text(at))}')
+    else:
+        parts.append(escape(books_text(record)))
+        parts.append(f"{seconds_text(record.seconds)}{_recall_text(record)}")
+    if record.error:
+        parts.append(f'<span style="color:#b00">{escape(record.error)}</span>')
+    html = "<br>".join(parts)
+    if failures:
+        rows = [[f["path"], f["reason"]] for f in failures[:SHOWN_FAILURES]]
+        html += f"<br>{len(failures)} failed" + table_html(["path", "reason"], rows)
+    return f"<div>{html}</div>"
+
+
+def _recall_text(record: RunRecord) -> str:
+    return "" if record.recall_at_10 is None else f", recall@10 {record.recall_at_10:.3f}"
+
+
+def hits_text(hits: Hits) -> str:
+    """Hits in a terminal."""
+    lines = [f"{hit.rank:>4}  {hit.score:.4f}  {hit.path}{_more(hit.paths)}" for hit in hits]
+    return "\n".join(lines) or "no hits"
+
+
+def hits_html(hits: Hits) -> str:
+    """Hits in a notebook: thumbnails in rows, with rank, score and name."""
+    style = (
+        f"display:inline-block;width:{THUMBNAIL_PX + 16}px;margin:4px;vertical-align:top;"
+        "text-align:center;font-size:11px;overflow-wrap:anywhere"
+    )
+    cells = [
+        f'<div style="{style}" title="{escape(hit.path)}">'
+        f"{thumbnail_html(hit.path)}<br>{hit.rank} · {hit.score:.3f}<br>"
+        f"{escape(os.path.basename(hit.path))}{_more(hit.paths)}</div>"
+        for hit in hits
+    ]
+    return f"<div>{''.join(cells) or 'no hits'}</div>"
+
+
+def index_text(summary: Mapping[str, Any]) -> str:
+    """An index in one line."""
+    recall = summary["recall_at_10"]
+    shown = "" if recall is None else f" · recall@10 {recall:.3f}"
+    return (
+        f"index {summary['name']} · {summary['images']:,} images · {summary['encoder']} · "
+        f"{summary['dtype']}{shown}"
+    )
+
+
+def table_html(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A plain table, escaped."""
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def thumbnail_html(path: str) -> str:
+    """A picture as an inline JPEG, or a word that says why there is none."""
+    from toolkit.images.decode import decode, read_file  # deferred: needs Pillow
+
+    try:
+        picture = decode(read_file(os.fsencode(path))[0]).rgb
+    except ImageError as error:
+        return f"<i>{escape(type(error).__name__)}</i>"
+    picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=80)
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img alt="{escape(os.path.basename(path))}" src="data:image/jpeg;base64,{data}">'
+
+
+def _more(paths: Sequence[str]) -> str:
+    return f" (+{len(paths) - 1} copies)" if len(paths) > 1 else ""

@@ -1,0 +1,530 @@
+"""One build, from folders to a published index: scan → plan → dispatch → store → index → publish.
+
+Law: everything before the swap can die at any moment and costs at most one batch; the swap
+is one atomic replace; and nothing is published whose books do not add up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from filelock import FileLock, Timeout
+
+from toolkit.catalog import open_catalog, transaction
+from toolkit.config import Settings
+from toolkit.dispatch.base import Executor
+from toolkit.dispatch.dispatcher import Dispatcher
+from toolkit.dispatch.local import LocalExecutor, warm_executor
+from toolkit.embedding.spec import EncoderRequest, EncoderSpec, SpecCache
+from toolkit.embedding.store import SegmentWriter, VectorStore
+from toolkit.embedding.weights import find_weights
+from toolkit.errors import (
+    BuildFailedError,
+    BuildHeldError,
+    BuildInProgressError,
+    DiskFullError,
+    IndexConflictError,
+    IndexNotFoundError,
+    RunCancelledError,
+    RunNotFoundError,
+)
+from toolkit.faults import point
+from toolkit.images.datasets import Source
+from toolkit.images.decode import DECODE_VERSION
+from toolkit.images.scan import Scan
+from toolkit.images.walk import DEFAULT_EXCLUDES, Rules
+from toolkit.index.build import publish, write_version
+from toolkit.index.version import IndexVersion, open_current
+from toolkit.journal import RunJournal, RunState, list_runs
+from toolkit.machine import free_bytes
+from toolkit.planning import Changes, Plan
+from toolkit.records import Failed, FailureKind, Item, Outcome
+
+logger = logging.getLogger(__name__)
+
+#: Images of one batch. A death repeats at most one.
+BATCH_ITEMS = 64
+
+#: Share by which free space must exceed what a build will write.
+SPACE_MARGIN = 1.2
+
+#: Bytes of an index per row and dimension, by dtype, and per row for links and paths.
+_DTYPE_BYTES = {"f32": 4, "f16": 2, "i8": 1}
+_ROW_BYTES = 600
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BuildRequest:
+    """One call of ``build_index``, resolved; its JSON form makes the same call again.
+
+    Attributes:
+        sources: The datasets, found.
+        name: The index.
+        encoder: The model and what was asked of it.
+        include: Patterns of which a file must match one; none means every image.
+        exclude: Patterns that leave files out.
+        limit: Take only that many images.
+        dtype: Precision of the search graph: ``f32``, ``f16`` or ``i8``.
+        retry_failed: Try again what is known to be no picture.
+        replace: Build anew over an index with other sources or another encoder.
+        accept_changes: Publish whatever the guard would hold.
+        distributed: ``True``: workers if they work; ``False``: local; ``"require"``: workers.
+    """
+
+    sources: tuple[Source, ...]
+    name: str
+    encoder: EncoderRequest
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = DEFAULT_EXCLUDES
+    limit: int | None = None
+    dtype: str = "f16"
+    retry_failed: bool = False
+    replace: bool = False
+    accept_changes: bool = False
+    distributed: bool | str = True
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON form."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        sources = [source.to_json() for source in self.sources]
+        return {**plain, "sources": sources, "encoder": self.encoder.to_json()}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> BuildRequest:
+        """Read back :meth:`to_json`."""
+        return cls(
+            **{
+                **value,
+                "sources": tuple(Source.from_json(s) for s in value["sources"]),
+                "encoder": EncoderRequest.from_json(value["encoder"]),
+                "include": tuple(value["include"]),
+                "exclude": tuple(value["exclude"]),
+            }
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PlanReport:
+    """What a build would do; ``--dry-run`` prints it.
+
+    Attributes:
+        changes: How the files differ from the published index.
+        found: Every regular file that was met.
+        excluded: Files left out, by rule.
+        failed: Files that are known to fail.
+        reused: Contents whose vector is stored.
+        to_embed: Images that would go through the model.
+        seconds: Estimate for these from the last build with this encoder, or ``None``.
+        needed_bytes: What the build would write.
+        free_bytes: What the disk has.
+        held: Why the guard would hold it, or ``None``.
+    """
+
+    changes: Changes
+    found: int
+    excluded: dict[str, int]
+    failed: int
+    reused: int
+    to_embed: int
+    seconds: float | None
+    needed_bytes: int
+    free_bytes: int
+    held: str | None
+
+
+def index_dir(data_dir: Path, name: str) -> Path:
+    """Folder of an index; any name becomes a name that every file system takes."""
+    return data_dir / "indexes" / quote(name, safe="+@ ,()[]=", errors="surrogateescape")
+
+
+def runs_dir(data_dir: Path) -> Path:
+    """Folder of all runs."""
+    return data_dir / "runs"
+
+
+def known_spec(request: EncoderRequest, data_dir: Path) -> EncoderSpec | None:
+    """The encoder that a request means, if that is known without loading a model."""
+    return SpecCache(data_dir / "specs").get(request, find_weights(request, data_dir))
+
+
+def plan_build(request: BuildRequest, settings: Settings) -> PlanReport:
+    """Scan and compare, write nothing.
+
+    Raises:
+        DatasetError: If a dataset is missing.
+        IndexConflictError: If the name is taken by another index.
+    """
+    spec = known_spec(request.encoder, settings.data_dir)
+    with (
+        contextlib.closing(open_catalog(settings.data_dir)) as catalog,
+        contextlib.closing(_Build(request, settings, catalog)) as build,
+    ):
+        build.check_conflict(spec)
+        build.scan_files()
+        with build.planned(spec) as plan:
+            return build.report(plan, spec)
+
+
+def run_build(request: BuildRequest, settings: Settings, journal: RunJournal) -> None:
+    """Run one build to its end; the journal tells how it went.
+
+    Raises:
+        BuildFailedError: If nothing could be indexed.
+        BuildHeldError: If the guard held it.
+        BuildInProgressError: If another run builds this index.
+        RunCancelledError: If somebody cancelled it.
+        KeyboardInterrupt: If it was interrupted; what is stored is kept.
+        ToolkitError: Whatever else stopped it.
+    """
+    folder = index_dir(settings.data_dir, request.name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (
+            _index_lock(folder, journal),
+            contextlib.closing(open_catalog(settings.data_dir)) as catalog,
+        ):
+            journal.record.state, journal.record.folder = RunState.RUNNING, str(folder)
+            journal.stage("scan")
+            build = _Build(request, settings, catalog, journal)
+            with contextlib.closing(build):
+                build.run()
+    except BaseException as error:
+        journal.end(_state_after(error), str(error) or type(error).__name__)
+        raise
+    journal.end(RunState.DONE)
+
+
+def _state_after(error: BaseException) -> RunState:
+    match error:
+        case BuildHeldError():
+            return RunState.HELD
+        case RunCancelledError():
+            return RunState.CANCELLED
+        case KeyboardInterrupt():
+            return RunState.INTERRUPTED
+    return RunState.FAILED
+
+
+@contextlib.contextmanager
+def _index_lock(folder: Path, journal: RunJournal) -> Iterator[None]:
+    lock, note = FileLock(folder / "build.lock", timeout=0), folder / "build.run"
+    try:
+        lock.acquire()
+    except Timeout:
+        other = note.read_text() if note.exists() else "another run"
+        raise BuildInProgressError(
+            f"index {journal.record.index!r} is being built by run {other}; wait for it "
+            f"(`toolkit attach {other}`) or stop it (`toolkit cancel {other}`)",
+            other,
+        ) from None
+    with lock:
+        note.write_text(journal.record.run_id)
+        yield
+
+
+class _Build:
+    def __init__(
+        self,
+        request: BuildRequest,
+        settings: Settings,
+        catalog: sqlite3.Connection,
+        journal: RunJournal | None = None,
+    ) -> None:
+        self._request, self._settings, self._db = request, settings, catalog
+        self._folder = index_dir(settings.data_dir, request.name)
+        self._scan = Scan(catalog, request.sources)
+        self._reread: set[int] = set()
+        self._embedded = 0
+        if journal is not None:
+            self._journal = journal
+        self._previous: IndexVersion | None = None
+        with contextlib.suppress(IndexNotFoundError):
+            self._previous = open_current(self._folder)
+
+    def close(self) -> None:
+        """Let go of the published version."""
+        if self._previous is not None:
+            self._previous.close()
+
+    # The steps, in the order in which they run.
+
+    def run(self) -> None:
+        """All of it, from the scan to the swap."""
+        journal, request = self._journal, self._request
+        spec = known_spec(request.encoder, self._settings.data_dir)
+        self.check_conflict(spec)
+        self.scan_files(journal.progress)
+        journal.record.excluded_by = dict(self._scan.excluded)
+        if spec is None:
+            # The model says what it is; it loads once, and the build goes on with it.
+            with warm_executor(request.encoder, self._settings) as executor:
+                spec = executor.start()
+            self.check_conflict(spec)
+        journal.record.encoder = spec.describe()
+        with self.planned(spec) as plan:
+            with transaction(self._db):
+                self._scan.remember()
+            report = self.report(plan, spec)
+            journal.event("plan", **dataclasses.asdict(report))
+            self._check_space(report)
+            self._embed(plan, spec, report.to_embed)
+            plan.apply_failures()
+            self._close_books(plan, report)
+            self._publish(plan, spec)
+
+    def check_conflict(self, spec: EncoderSpec | None) -> None:
+        """Refuse to build another index over a published one."""
+        if self._previous is None or self._request.replace:
+            return
+        known = self._previous.manifest["extra"]["sources"]
+        given = [source.identity for source in self._request.sources]
+        if sorted(known) != sorted(given):
+            raise IndexConflictError(
+                self._request.name, f"was built from {', '.join(known)}, not {', '.join(given)}"
+            )
+        fingerprint = self._previous.manifest["encoder"]["fingerprint"]
+        if spec is not None and spec.fingerprint != fingerprint:
+            held = EncoderSpec.from_json(self._previous.manifest["encoder"]["spec"])
+            raise IndexConflictError(
+                self._request.name, f"holds {held.describe()}, not {spec.describe()}"
+            )
+
+    def scan_files(self, progress: Any = lambda n: None) -> None:
+        """Walk and identify."""
+        rules = Rules(self._request.include, self._request.exclude)
+        follow = self._settings.follow_links
+        self._scan.run(rules, limit=self._request.limit, follow_links=follow, progress=progress)
+
+    @contextlib.contextmanager
+    def planned(self, spec: EncoderSpec | None) -> Iterator[Plan]:
+        """The plan against the store and the published index."""
+        store = VectorStore(self._db, self._settings.data_dir, spec) if spec else None
+        keeps = self._previous is not None and not self._request.replace
+        plan = Plan(
+            self._db,
+            self._scan,
+            encoder_id=store.encoder_id if store else -1,
+            decode_version=DECODE_VERSION,
+            previous_items=self._previous.items_path if keeps and self._previous else None,
+        )
+        try:
+            plan.settle(retry_failed=self._request.retry_failed)
+            yield plan
+        finally:
+            plan.close()
+
+    def report(self, plan: Plan, spec: EncoderSpec | None) -> PlanReport:
+        """The plan in figures."""
+        n, reused = plan.n_to_embed(), plan.n_reused()
+        rate = last_rate(self._settings.data_dir, spec.describe()) if spec else None
+        dim = spec.dim if spec else 0
+        row = dim * (4 + _DTYPE_BYTES[self._request.dtype]) + _ROW_BYTES
+        return PlanReport(
+            changes=plan.changes(),
+            found=self._scan.n_found,
+            excluded=dict(self._scan.excluded),
+            failed=plan.accounting(0, 0).failed,
+            reused=reused,
+            to_embed=n,
+            seconds=n / rate if rate else None,
+            needed_bytes=n * dim * 4 + (n + reused) * row,
+            free_bytes=free_bytes(self._settings.data_dir),
+            held=plan.losses(),
+        )
+
+    def _check_space(self, report: PlanReport) -> None:
+        if report.free_bytes < SPACE_MARGIN * report.needed_bytes:
+            where = str(self._settings.data_dir)
+            raise DiskFullError(where, int(SPACE_MARGIN * report.needed_bytes), report.free_bytes)
+
+    def _embed(self, plan: Plan, spec: EncoderSpec, total: int) -> None:
+        self._journal.stage("embed", total)
+        if not total:
+            return
+        started = time.monotonic()
+        store = VectorStore(self._db, self._settings.data_dir, spec)
+        with (
+            warm_executor(self._request.encoder, self._settings) as executor,
+            store.writer(self._journal.record.run_id) as writer,
+        ):
+            self._announce(executor)
+            # Again until nothing is left: a file that changed under the build, or whose copy
+            # failed, comes back with what is known of it now.
+            while plan.n_to_embed():
+                self._dispatch(plan, executor, store, writer, spec)
+        self._journal.record.embed_seconds = time.monotonic() - started
+
+    def _announce(self, executor: LocalExecutor) -> None:
+        executor.start()
+        self._journal.record.road = executor.road
+        self._journal.record.device = executor.device
+        self._journal.event("road", road=executor.road, device=executor.device)
+        self._journal.write()
+
+    def _dispatch(
+        self,
+        plan: Plan,
+        executor: Executor,
+        store: VectorStore,
+        writer: SegmentWriter,
+        spec: EncoderSpec,
+    ) -> None:
+        journal = self._journal
+        dispatcher = Dispatcher(
+            executor,
+            spec.fingerprint,
+            cancelled=lambda: journal.is_cancelled,
+            on_loss=lambda reason, n: journal.event("lost", reason=reason, suspects=n),
+        )
+        for outcome in dispatcher.run(_cut(self._wanted(plan, store), executor.batch_bytes)):
+            point("after-embed")
+            self._store(plan, writer, outcome)
+            journal.record.batches[executor.road] += 1
+            journal.record.accounting = dataclasses.replace(
+                journal.record.accounting, embedded=self._embedded
+            )
+            journal.progress(journal.record.done + len(outcome.embedded) + len(outcome.failed))
+
+    def _wanted(self, plan: Plan, store: VectorStore) -> Iterator[Item]:
+        """What is to embed, less what another build has stored in the meantime."""
+        for item in plan.to_embed():
+            if item.key is None or not store.has([item.key]):
+                yield item
+
+    def _store(self, plan: Plan, writer: SegmentWriter, outcome: Outcome) -> None:
+        first = writer.append(outcome.vectors) if outcome.embedded else 0
+        failed = tuple(self._judged(failure) for failure in outcome.failed)
+        point("before-commit")
+        with transaction(self._db):
+            outcome = dataclasses.replace(outcome, failed=failed)
+            writer.record(outcome, first, DECODE_VERSION)
+            for embedded in outcome.embedded:
+                self._scan.identify(embedded.item_id, embedded.key, embedded.stat)
+            for failure in failed:
+                self._note_failure(plan, failure)
+        point("after-commit")
+        self._embedded += len(outcome.embedded)
+
+    def _judged(self, failure: Failed) -> Failed:
+        """Fill in what only this side knows: the content of what killed its reader."""
+        if failure.kind is FailureKind.CRASH and failure.key is None:
+            return dataclasses.replace(failure, key=self._scan.reread(failure.item_id))
+        return failure
+
+    def _note_failure(self, plan: Plan, failure: Failed) -> None:
+        if failure.key is not None:
+            self._scan.identify(failure.item_id, failure.key, failure.stat)
+        if failure.kind is FailureKind.CHANGED and failure.item_id not in self._reread:
+            # Once more, with its content as it is now.
+            self._reread.add(failure.item_id)
+            if self._scan.reread(failure.item_id) is not None:
+                return
+        self._scan.fail(failure.item_id, failure.kind, failure.reason)
+        if failure.kind is FailureKind.UNREADABLE:
+            plan.keep(failure.item_id)
+
+    def _close_books(self, plan: Plan, report: PlanReport) -> None:
+        journal, name = self._journal, self._request.name
+        journal.failures(plan.failures())
+        books = plan.accounting(self._embedded, report.reused)
+        journal.record.accounting = books
+        books.check(journal.record.run_id)
+        if self._request.accept_changes and self._previous is not None:
+            return
+        losses = plan.losses()
+        if losses:
+            raise BuildHeldError(
+                f"index {name!r} is held, nothing was published: {losses}. If a disk is not "
+                "mounted, mount it and build again; if this is right, build again with "
+                "accept_changes=True (--accept-changes)",
+                journal.record.run_id,
+            )
+        if not books.indexed:
+            raise BuildFailedError(self._nothing_indexed(plan), journal.record.run_id)
+
+    def _nothing_indexed(self, plan: Plan) -> str:
+        names = ", ".join(source.name for source in self._request.sources)
+        first = next(plan.failures(), None)
+        if first is not None:
+            failed = self._journal.record.accounting.failed
+            return f"no image of {names} could be read: all {failed} failed, the first is {first['path']}: {first['reason']}"  # noqa: E501  one sentence
+        left_out = ", ".join(f"{n} by {rule!r}" for rule, n in self._scan.excluded.items())
+        return f"there is no image in {names}" + (f"; left out: {left_out}" if left_out else "")
+
+    def _publish(self, plan: Plan, spec: EncoderSpec) -> None:
+        journal, previous = self._journal, self._previous
+        journal.stage("index", journal.record.accounting.indexed)
+        n, digest = plan.rank()
+        if previous is not None and self._is_published(digest, spec):
+            journal.record.recall_at_10 = previous.manifest["recall_at_10"]
+            return
+        store = VectorStore(self._db, self._settings.data_dir, spec)
+        version = write_version(
+            self._folder,
+            rows=plan.rows(),
+            vectors=store.read,
+            dim=spec.dim,
+            dtype=self._request.dtype,
+            encoder={"fingerprint": spec.fingerprint, "spec": spec.to_json()},
+            extra=self._extra(digest),
+            previous=previous,
+            threads=self._settings.threads,
+            progress=lambda step, done, total: journal.progress(done, total),
+        )
+        journal.stage("publish", n)
+        publish(self._folder, version)
+        with open_current(self._folder) as published:
+            journal.record.recall_at_10 = published.manifest["recall_at_10"]
+
+    def _extra(self, digest: str) -> dict[str, Any]:
+        return {
+            "name": self._request.name,
+            "sources": [source.identity for source in self._request.sources],
+            "datasets": [source.name for source in self._request.sources],
+            "request": self._request.encoder.to_json(),
+            "table_digest": digest,
+            "run_id": self._journal.record.run_id,
+            "accounting": dataclasses.asdict(self._journal.record.accounting),
+        }
+
+    def _is_published(self, digest: str, spec: EncoderSpec) -> bool:
+        assert self._previous is not None  # asked only then
+        manifest = self._previous.manifest
+        published = (
+            manifest["extra"]["table_digest"],
+            manifest["encoder"]["fingerprint"],
+            manifest["dtype"],
+        )
+        return published == (digest, spec.fingerprint, self._request.dtype)
+
+
+def last_rate(data_dir: Path, encoder: str) -> float | None:
+    """Images per second of the newest run that embedded enough with an encoder to tell."""
+    for view in list_runs(runs_dir(data_dir)):
+        with contextlib.suppress(RunNotFoundError):
+            record = view.record()
+            if record.encoder == encoder and record.accounting.embedded >= BATCH_ITEMS:
+                return record.accounting.embedded / max(record.embed_seconds, 1e-3)
+    return None
+
+
+def _cut(items: Iterator[Item], batch_bytes: int) -> Iterator[tuple[Item, ...]]:
+    """Groups of up to :data:`BATCH_ITEMS` items and ``batch_bytes`` bytes; one item at least."""
+    group: list[Item] = []
+    size = 0
+    for item in items:
+        if group and (len(group) == BATCH_ITEMS or size + item.size > batch_bytes):
+            yield tuple(group)
+            group, size = [], 0
+        group.append(item)
+        size += item.size
+    if group:
+        yield tuple(group)

@@ -1,0 +1,319 @@
+"""What a build has to do: the scan held against the store and against the published index.
+
+Law: everything is a statement over tables (the scan, the catalog, the item table of the
+published version, attached as ``prev``), so a plan for millions of files takes no memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import xxhash
+
+from toolkit.images.scan import Scan
+from toolkit.index.items import Copy, ItemRow
+from toolkit.journal import Accounting
+from toolkit.records import FailureKind, Item, show_path
+
+#: Rows fetched at once.
+_CHUNK = 1000
+
+#: A build over a published index that would remove more than this share of its items, or
+#: newly fail more than that share of its files, is held: a disk is more likely gone than
+#: that many pictures are.
+MAX_REMOVED, MAX_NEWLY_FAILED = 0.10, 0.05
+
+_EMPTY_PREVIOUS = """
+CREATE TABLE prev.items(key INTEGER PRIMARY KEY, image_key BLOB);
+CREATE TABLE prev.copies(key INTEGER, dataset TEXT, path BLOB, label TEXT);
+"""
+
+# A row of the scan is good when it will stand in the index: it has a vector, or keeps one.
+_GOOD = "(failure IS NULL OR kept = 1)"
+_HAS_VECTOR = (
+    "EXISTS (SELECT 1 FROM vectors AS v"
+    " WHERE v.encoder_id = :encoder AND v.image_key = scan.image_key)"
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Changes:
+    """How the files differ from the published index, in files.
+
+    Attributes:
+        new: Neither the path nor the content is known to the index.
+        changed: The path is known, its content is another.
+        moved: The content is known under a path that is gone.
+        duplicate: The content is there under another path.
+        unchanged: Path and content are as published.
+        unreadable: Cannot be read now; keeps its vector when it had one.
+        deleted: Published paths that are gone and did not move.
+    """
+
+    new: int = 0
+    changed: int = 0
+    moved: int = 0
+    duplicate: int = 0
+    unchanged: int = 0
+    unreadable: int = 0
+    deleted: int = 0
+
+
+class Plan:
+    """What one build has to do.
+
+    Args:
+        catalog: The catalog's connection, which holds the scan.
+        scan: The files, already run.
+        encoder_id: Number of the encoder in the catalog; ``-1`` when nothing of it is stored.
+        decode_version: Version of the decode recipe, for failures that are remembered.
+        previous_items: ``items.sqlite`` of the published version, or ``None``.
+    """
+
+    def __init__(
+        self,
+        catalog: sqlite3.Connection,
+        scan: Scan,
+        *,
+        encoder_id: int,
+        decode_version: int,
+        previous_items: Path | None,
+    ) -> None:
+        self._db, self._scan = catalog, scan
+        self._encoder = {"encoder": encoder_id}
+        self._decode_version = decode_version
+        if ("prev",) in self._db.execute("SELECT name FROM pragma_database_list").fetchall():
+            self._db.execute("DETACH DATABASE prev")
+        self._db.execute("ATTACH DATABASE ? AS prev", (str(previous_items or ":memory:"),))
+        if previous_items is None:
+            self._db.executescript(_EMPTY_PREVIOUS)
+        self._db.execute("CREATE INDEX temp.scan_by_key ON scan(image_key)")
+        self._db.execute("ALTER TABLE temp.scan ADD COLUMN kept INTEGER NOT NULL DEFAULT 0")
+
+    def close(self) -> None:
+        """Let go of the published version's table."""
+        self._db.execute("DETACH DATABASE prev")
+
+    def settle(self, *, retry_failed: bool) -> None:
+        """Decide what needs no reading: kept vectors of unreadable files, known failures."""
+        self._list_below_unreadable_folders()
+        self._keep_unreadable()
+        if not retry_failed:
+            self.apply_failures()
+
+    def apply_failures(self) -> None:
+        """Fail every file whose content is known to be no picture."""
+        self._db.execute(
+            "UPDATE temp.scan SET failure = f.kind, reason = f.reason FROM failures AS f"
+            " WHERE f.image_key = scan.image_key AND f.decode_version = :version"
+            f" AND scan.failure IS NULL AND NOT {_HAS_VECTOR}",
+            {"version": self._decode_version, **self._encoder},
+        )
+
+    def keep(self, item_id: int) -> None:
+        """Keep the published vector of a file that turned out unreadable, if it has one."""
+        self._keep_unreadable("AND id = :id", {"id": item_id})
+
+    def changes(self) -> Changes:
+        """How the files differ from the published index."""
+        n = self._count
+        in_prev = "path IN (SELECT path FROM prev.copies)"
+        same = (
+            "EXISTS (SELECT 1 FROM prev.copies AS c JOIN prev.items AS i USING (key)"
+            " WHERE c.path = scan.path AND i.image_key = scan.image_key)"
+        )
+        gone_path = (
+            "EXISTS (SELECT 1 FROM prev.items AS i JOIN prev.copies AS c USING (key) WHERE"
+            " i.image_key = scan.image_key AND c.path NOT IN (SELECT path FROM temp.scan))"
+        )
+        known = (
+            "(image_key IN (SELECT image_key FROM prev.items) OR EXISTS (SELECT 1 FROM temp.scan"
+            " AS s WHERE s.image_key = scan.image_key AND s.id < scan.id))"
+        )
+        readable = "failure IS NOT 'unreadable'"
+        moved = n(f"{readable} AND NOT {in_prev} AND {gone_path}")
+        duplicate = n(f"{readable} AND NOT {in_prev} AND NOT {gone_path} AND {known}")
+        outside = n(f"{readable} AND NOT {in_prev}")
+        (gone,) = self._db.execute(
+            "SELECT count(*) FROM prev.copies WHERE path NOT IN (SELECT path FROM temp.scan)"
+        ).fetchone()
+        return Changes(
+            new=outside - moved - duplicate,
+            changed=n(f"{readable} AND {in_prev} AND NOT {same}"),
+            moved=moved,
+            duplicate=duplicate,
+            unchanged=n(f"{readable} AND {same}"),
+            unreadable=n("failure = 'unreadable'"),
+            deleted=max(0, gone - moved),
+        )
+
+    def n_to_embed(self) -> int:
+        """Images that :meth:`to_embed` will yield, as far as is known now."""
+        query = f"SELECT count(DISTINCT {_SAME}) FROM temp.scan WHERE {self._todo}"
+        return self._scalar(query, self._encoder)
+
+    def n_reused(self) -> int:
+        """Contents of this scan whose vector is stored already."""
+        query = f"SELECT count(DISTINCT image_key) FROM temp.scan WHERE {_GOOD} AND {_HAS_VECTOR}"
+        return self._scalar(query, self._encoder)
+
+    def to_embed(self) -> Iterator[Item]:
+        """One item for every content that needs a vector, in the order of the index."""
+        self._db.execute("DROP TABLE IF EXISTS temp.todo")
+        # A table of its own: the scan is written to while this is read.
+        self._db.execute(
+            "CREATE TEMP TABLE todo AS SELECT min(id) AS id FROM temp.scan"
+            f" WHERE {self._todo} GROUP BY {_SAME}",
+            self._encoder,
+        )
+        last = (-1, b"")
+        query = (
+            "SELECT s.source, s.path, s.id, s.size, s.image_key FROM temp.todo AS t"
+            " JOIN temp.scan AS s ON s.id = t.id WHERE (s.source, s.path) > (?, ?)"
+            " ORDER BY s.source, s.path LIMIT ?"
+        )
+        while rows := self._db.execute(query, (*last, _CHUNK)).fetchall():
+            for _, path, item_id, size, key in rows:
+                yield Item(item_id, path, size, key)
+            last = rows[-1][:2]
+
+    @property
+    def _todo(self) -> str:
+        return f"failure IS NULL AND NOT {_HAS_VECTOR}"
+
+    def accounting(self, embedded: int, reused: int) -> Accounting:
+        """The books as they stand."""
+        good = f"{_GOOD} AND {_HAS_VECTOR}"
+        distinct = f"SELECT count(DISTINCT image_key) FROM temp.scan WHERE {good}"
+        indexed = self._scalar(distinct, self._encoder)
+        return Accounting(
+            found=self._scan.n_found,
+            indexed=indexed,
+            duplicates=self._count(good) - indexed,
+            failed=self._count("failure IS NOT NULL AND kept = 0"),
+            excluded=self._scan.excluded.total(),
+            pending=self._count(f"{_GOOD} AND NOT {_HAS_VECTOR}"),
+            embedded=embedded,
+            reused=reused,
+            kept=self._count("kept = 1"),
+        )
+
+    def failures(self) -> Iterator[dict[str, str]]:
+        """Every file that cannot be used now, kept ones included: path, kind, reason, dataset."""
+        query = (
+            "SELECT source, path, failure, reason, kept FROM temp.scan WHERE failure IS NOT NULL"
+            " ORDER BY source, path"
+        )
+        for source, path, kind, reason, kept in self._db.execute(query):
+            yield {
+                "path": show_path(path),
+                "kind": kind,
+                "reason": reason + (" (its old vector stays in the index)" if kept else ""),
+                "dataset": self._scan.sources[source].name,
+            }
+
+    def losses(self) -> str | None:
+        """Why the guard should hold this build, or ``None``."""
+        n_items = self._scalar("SELECT count(*) FROM prev.items")
+        n_files = self._scalar("SELECT count(*) FROM prev.copies")
+        if not n_items:
+            return None
+        removed = self._scalar(
+            "SELECT count(*) FROM prev.items AS i"
+            f" WHERE i.image_key NOT IN (SELECT image_key FROM temp.scan WHERE {_GOOD} AND"
+            " image_key IS NOT NULL) AND NOT EXISTS (SELECT 1 FROM prev.copies AS c"
+            f" JOIN temp.scan AS s ON s.path = c.path WHERE c.key = i.key AND {_GOOD})"
+        )
+        failing = self._scalar(
+            "SELECT count(*) FROM prev.copies WHERE path IN"
+            " (SELECT path FROM temp.scan WHERE failure IS NOT NULL)"
+        )
+        if removed > MAX_REMOVED * n_items:
+            return f"{removed} of the {n_items} images of the published index would be gone"
+        if failing > MAX_NEWLY_FAILED * n_files:
+            return f"{failing} of the {n_files} published files cannot be read any more"
+        return None
+
+    def rank(self) -> tuple[int, str]:
+        """Fix the order of the item table; its length and a digest of its content.
+
+        Rows are ordered by (dataset as given, path bytes) of their first file.
+        """
+        for table in ("ranked", "members"):
+            self._db.execute(f"DROP TABLE IF EXISTS temp.{table}")
+        self._db.execute(
+            "CREATE TEMP TABLE ranked AS SELECT id, image_key, row_number() OVER"
+            f" (ORDER BY source, path, id) AS place FROM temp.scan WHERE {_GOOD}"
+        )
+        self._db.execute("CREATE INDEX temp.ranked_by_key ON ranked(image_key)")
+        self._db.execute(
+            "CREATE TEMP TABLE members AS SELECT image_key, min(place) AS first FROM temp.ranked"
+            " GROUP BY image_key ORDER BY first"
+        )
+        digest = xxhash.xxh3_128()
+        n = 0
+        for row in self.rows():
+            n += 1
+            digest.update(repr((row.image_key, row.copies)).encode())
+        return n, digest.hexdigest()
+
+    def rows(self) -> Iterator[ItemRow]:
+        """The item table, in order; after :meth:`rank`."""
+        query = (
+            "SELECT r.image_key, s.source, s.path, s.label, i.width, i.height, i.format"
+            " FROM temp.members AS m JOIN temp.ranked AS r USING (image_key)"
+            " JOIN temp.scan AS s ON s.id = r.id JOIN images AS i USING (image_key)"
+            " ORDER BY m.first, r.place"
+        )
+        for key, group in itertools.groupby(self._db.execute(query), key=lambda row: row[0]):
+            members = list(group)
+            copies = tuple(
+                Copy(self._scan.sources[source].name, path, label)
+                for _, source, path, label, *_ in members
+            )
+            width, height, file_format = members[0][4:]
+            first = copies[0]
+            yield ItemRow(
+                key, first.dataset, first.path, first.label, width, height, file_format, copies
+            )
+
+    def _list_below_unreadable_folders(self) -> None:
+        """Published files below a folder that cannot be listed are unreadable, not deleted."""
+        folders = self._db.execute(
+            "SELECT source, path, reason FROM temp.scan"
+            " WHERE failure = 'unreadable' AND size IS NULL"
+        ).fetchall()
+        for source, folder, reason in folders:
+            # Every path that begins with "folder/": from there to the next byte after "/".
+            low, high = folder + b"/", folder + b"0"
+            self._db.execute(
+                "INSERT INTO temp.scan(source, path, label, size, failure, reason)"
+                " SELECT ?, path, ifnull(label, ''), 0, 'unreadable', ? FROM prev.copies AS c"
+                " WHERE path >= ? AND path < ? AND dataset = ?"
+                " AND NOT EXISTS (SELECT 1 FROM temp.scan AS s WHERE s.path = c.path)",
+                (source, f"its folder {reason}", low, high, self._scan.sources[source].name),
+            )
+
+    def _keep_unreadable(self, which: str = "", values: dict[str, int] | None = None) -> None:
+        self._db.execute(
+            "UPDATE temp.scan SET image_key = i.image_key, kept = 1"
+            " FROM prev.copies AS c JOIN prev.items AS i USING (key)"
+            f" WHERE c.path = scan.path AND failure = '{FailureKind.UNREADABLE}' {which}"
+            " AND EXISTS (SELECT 1 FROM vectors AS v WHERE v.encoder_id = :encoder"
+            " AND v.image_key = i.image_key)",
+            {**self._encoder, **(values or {})},
+        )
+
+    def _count(self, where: str) -> int:
+        return self._scalar(f"SELECT count(*) FROM temp.scan WHERE {where}", self._encoder)
+
+    def _scalar(self, query: str, values: dict[str, int] | None = None) -> int:
+        return int(self._db.execute(query, values or {}).fetchone()[0])
+
+
+# Rows that are one image to embed: the same content, or the same path while it is unknown.
+_SAME = "ifnull(image_key, path)"

@@ -1,0 +1,483 @@
+"""An index, opened: queries, tables and measures over one published version."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import io
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit import display
+from toolkit.config import Settings
+from toolkit.dispatch.local import warm_executor
+from toolkit.embedding.spec import EncoderRequest, EncoderSpec
+from toolkit.errors import DecodeError, EncoderMismatchError, IndexNotFoundError, QueryError
+from toolkit.images.decode import image_key, read_file
+from toolkit.index import curate, quality
+from toolkit.index.version import IndexVersion, open_current
+from toolkit.pipeline import index_dir, last_rate
+from toolkit.records import Batch, Item, show_path
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from PIL import Image
+
+#: What may be asked for: a path, a picture, an array of pixels, or a vector.
+Query: TypeAlias = "str | bytes | os.PathLike[str] | Image.Image | NDArray[Any]"
+
+#: What may narrow a search: a dataset, a path pattern, or a mask over the rows.
+Where: TypeAlias = "str | NDArray[np.bool_] | pd.Series[bool]"
+
+#: Images of one call that are embedded at once.
+_EMBED_BATCH = 64
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Hit:
+    """One content that a search found.
+
+    Attributes:
+        rank: 1 for the nearest.
+        score: Cosine similarity; higher is nearer.
+        path: Its first file.
+        dataset: Dataset of that file.
+        paths: Every file with this content.
+        label: Label of the first file.
+        key: Row in the index.
+    """
+
+    rank: int
+    score: float
+    path: str
+    dataset: str
+    paths: tuple[str, ...]
+    label: str
+    key: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys that ``--json`` promises."""
+        return {
+            "rank": self.rank,
+            "score": self.score,
+            "path": self.path,
+            "dataset": self.dataset,
+            "paths": list(self.paths),
+        }
+
+
+class Hits(Sequence[Hit]):
+    """The answer to a search, nearest first; thumbnails in a notebook.
+
+    Attributes:
+        exact: Whether every row was compared, rather than those the graph proposed.
+    """
+
+    def __init__(self, hits: Sequence[Hit], exact: bool) -> None:
+        self._hits, self.exact = tuple(hits), exact
+
+    def __len__(self) -> int:
+        return len(self._hits)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._hits[place]
+
+    def __iter__(self) -> Iterator[Hit]:
+        return iter(self._hits)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per hit: rank, score, path, dataset, paths, label, key."""
+        import pandas as pd  # deferred: `import toolkit` is to take less than 0.3 s
+
+        columns = [field.name for field in dataclasses.fields(Hit)]
+        rows = [[getattr(hit, column) for column in columns] for hit in self]
+        return pd.DataFrame(rows, columns=columns)
+
+    def __repr__(self) -> str:
+        return display.hits_text(self)
+
+    def _repr_html_(self) -> str:
+        return display.hits_html(self)
+
+
+class Index:
+    """A published index, memory-mapped; it keeps the version it opened.
+
+    Attributes:
+        name: Its name.
+    """
+
+    def __init__(self, name: str, version: IndexVersion, settings: Settings) -> None:
+        self.name, self._version, self._settings = name, version, settings
+
+    @classmethod
+    def open(cls, name: str, settings: Settings) -> Index:
+        """See :func:`toolkit.open_index`."""
+        folder = index_dir(settings.data_dir, name)
+        try:
+            return cls(name, open_current(folder), settings)
+        except IndexNotFoundError:
+            raise IndexNotFoundError(name, published_names(settings.data_dir)) from None
+
+    def close(self) -> None:
+        """Let go of the version; it may be removed then, once a newer one is published."""
+        self._version.close()
+
+    def __enter__(self) -> Index:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return self._version.n
+
+    @property
+    def version(self) -> IndexVersion:
+        """The published version it opened."""
+        return self._version
+
+    @property
+    def dim(self) -> int:
+        """Components of a vector."""
+        return self._version.dim
+
+    @property
+    def encoder(self) -> EncoderSpec:
+        """The encoder whose vectors it holds."""
+        return EncoderSpec.from_json(self._version.manifest["encoder"]["spec"])
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What was written beside it: counts, accounting, measured recall, versions."""
+        return dict(self._version.manifest)
+
+    @property
+    def vectors(self) -> NDArray[np.float32]:
+        """float32, shape ``(n, dim)``, each row of length 1; read-only, memory-mapped."""
+        return self._version.vectors
+
+    @property
+    def usearch(self) -> Any:
+        """The raw usearch handle; its keys are the rows of :meth:`to_pandas`."""
+        return self._version.graph.raw
+
+    def search(
+        self,
+        query: Query,
+        k: int = 12,
+        *,
+        include_self: bool = False,
+        where: Where | None = None,
+    ) -> Hits:
+        """The images nearest to a picture or a vector.
+
+        Args:
+            query: A path, a PIL picture, an array of pixels ``(height, width, 3)``, or a
+                vector ``(dim,)``. A picture that is indexed is not embedded again.
+            k: Hits wanted; there may be fewer.
+            include_self: Whether the query's own content may be among them.
+            where: A dataset, a path pattern such as ``"cats/*"``, or a boolean mask over
+                :meth:`to_pandas`.
+
+        Returns:
+            One hit per content, nearest first, ties by row.
+
+        Raises:
+            QueryError: If the query is no picture, or a vector of another kind.
+            EncoderMismatchError: If it is a vector of another length, or the encoder here
+                is not the one that made the index.
+        """
+        if k < 1:
+            raise QueryError(f"k={k}: ask for 1 hit or more")
+        vector, own = self._vector_of(query)
+        exclude = [[own] if own is not None and not include_self else []]
+        found = self._version.search(vector[None], k, mask=self._mask(where), exclude=exclude)
+        keys = [int(key) for key in found.keys[0] if key >= 0]
+        rows = self._version.rows(keys)
+        hits = [
+            Hit(
+                rank=place + 1,
+                score=float(found.scores[0][place]),
+                path=show_path(row.path),
+                dataset=row.dataset,
+                paths=tuple(show_path(copy.path) for copy in row.copies),
+                label=row.label or "",
+                key=key,
+            )
+            for place, (key, row) in enumerate(zip(keys, rows, strict=True))
+        ]
+        return Hits(hits, found.exact)
+
+    def search_batch(
+        self, vectors: NDArray[np.float32], k: int = 10
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Nearest rows of many vectors at once.
+
+        Args:
+            vectors: float32, shape ``(m, dim)``.
+            k: Neighbours of each.
+
+        Returns:
+            Keys and scores, each of shape ``(m, k)``; ``-1`` and ``nan`` where there are
+            fewer.
+
+        Raises:
+            EncoderMismatchError: If the vectors are of another length.
+        """
+        found = self._version.search(self._checked(np.atleast_2d(vectors)), k)
+        return found.keys, found.scores
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per content, aligned with :attr:`vectors`.
+
+        Columns: key, dataset, path, paths, label, width, height.
+        """
+        import pandas as pd  # deferred: `import toolkit` is to take less than 0.3 s
+
+        columns = ["key", "dataset", "path", "paths", "label", "width", "height"]
+        rows = [
+            (
+                key,
+                row.dataset,
+                show_path(row.path),
+                tuple(show_path(copy.path) for copy in row.copies),
+                row.label or "",
+                row.width,
+                row.height,
+            )
+            for key, row in enumerate(self._version.iter_rows())
+        ]
+        return pd.DataFrame(rows, columns=columns)
+
+    def duplicates(self) -> pd.DataFrame:
+        """Contents that lie in more than one file: key, path of the first, paths of all."""
+        table = self.to_pandas()
+        return table[table["paths"].map(len) > 1][["key", "path", "paths"]].reset_index(drop=True)
+
+    def near_duplicates(self, threshold: float = 0.95, other: Index | None = None) -> pd.DataFrame:
+        """Pairs of different contents that look the same.
+
+        Args:
+            threshold: Least cosine similarity.
+            other: Compare with this index instead of within itself.
+
+        Returns:
+            A row per pair, the most similar first: score, path_a, path_b, key_a, key_b.
+
+        Raises:
+            EncoderMismatchError: If the other index holds vectors of another encoder.
+        """
+        import pandas as pd  # deferred: `import toolkit` is to take less than 0.3 s
+
+        if not -1.0 <= threshold <= 1.0:
+            raise QueryError(f"threshold={threshold}: a cosine similarity lies in [-1, 1]")
+        if other is not None:
+            self._same_encoder(other)
+        against = other._version if other is not None else None
+        a, b, score = curate.near_duplicates(self._version, threshold, against)
+        paths_a = [show_path(row.path) for row in self._version.rows(a.tolist())]
+        paths_b = [show_path(row.path) for row in (against or self._version).rows(b.tolist())]
+        frame = pd.DataFrame(
+            {"score": score, "path_a": paths_a, "path_b": paths_b, "key_a": a, "key_b": b}
+        )
+        return frame.sort_values("score", ascending=False, kind="stable", ignore_index=True)
+
+    def recall(self, k: int = 10) -> float:
+        """Share of the true ``k`` nearest that the graph finds, on a sample of rows."""
+        return quality.measure_recall(self._version, k=k)
+
+    def label_precision(self, k: int = 1) -> float:
+        """Leave-one-out precision at ``k``: how often a neighbour has the row's own label."""
+        labels = [row.label or "" for row in self._version.iter_rows()]
+        return quality.label_precision(self.vectors, labels, k=k)
+
+    def map(self, sample: int = 20_000) -> pd.DataFrame:
+        """The two directions in which the vectors differ most, for a scatter plot.
+
+        Returns:
+            A row per sampled content: key, x, y, label, path.
+        """
+        rows, xy = curate.project(self.vectors, sample)
+        table = self.to_pandas().iloc[rows][["key", "label", "path"]].reset_index(drop=True)
+        return table.assign(x=xy[:, 0], y=xy[:, 1])
+
+    def summary(self) -> dict[str, Any]:
+        """What lists of indexes show of it."""
+        manifest = self._version.manifest
+        return {
+            "name": self.name,
+            "images": len(self),
+            "encoder": self.encoder.describe(),
+            "dtype": manifest["dtype"],
+            "recall_at_10": manifest["recall_at_10"],
+            "sources": manifest["extra"]["sources"],
+            "created": manifest["created"],
+        }
+
+    def __repr__(self) -> str:
+        return display.index_text(self.summary())
+
+    def _vector_of(self, query: Query) -> tuple[NDArray[np.float32], int | None]:
+        """The vector of a query, and the row that holds its content, if one does."""
+        if isinstance(query, np.ndarray) and query.ndim == 1:
+            return self._checked(query[None])[0], None
+        key = self._row_of_path(query)
+        if key is None:
+            data = file_bytes(query)
+            key = self._version.key_of(image_key(data))
+        if key is not None:
+            return np.asarray(self.vectors[key]), key
+        request = EncoderRequest.from_json(self._version.manifest["extra"]["request"])
+        vectors, spec = embed_bytes([data], request, self._settings)
+        self._expect(spec)
+        return vectors[0], None
+
+    def _row_of_path(self, query: Query) -> int | None:
+        """The row of an indexed path whose file is gone, which needs no reading."""
+        if not isinstance(query, (str, bytes, os.PathLike)):
+            return None
+        path = os.path.abspath(os.path.expanduser(os.fsencode(query)))
+        return None if os.path.exists(path) else self._version.key_of_path(path)
+
+    def _mask(self, where: Where | None) -> NDArray[np.bool_] | None:
+        if where is None:
+            return None
+        if not isinstance(where, str):
+            mask = np.asarray(where)
+            if mask.dtype != np.bool_ or mask.shape != (len(self),):
+                raise QueryError(
+                    f"where= is a mask of {mask.dtype} {mask.shape}; it takes one bool for each of "
+                    f"the {len(self)} rows of to_pandas()"
+                )
+            return mask
+        names = {source for source in self._version.manifest["extra"]["datasets"]}
+        if where in names:
+            return np.fromiter(
+                (any(c.dataset == where for c in row.copies) for row in self._version.iter_rows()),
+                np.bool_,
+            )
+        below = f"*/{where}"
+        return np.fromiter(
+            (
+                any(
+                    fnmatch.fnmatchcase(path := show_path(copy.path), where)
+                    or fnmatch.fnmatchcase(path, below)
+                    for copy in row.copies
+                )
+                for row in self._version.iter_rows()
+            ),
+            np.bool_,
+        )
+
+    def _checked(self, vectors: NDArray[Any]) -> NDArray[np.float32]:
+        if vectors.shape[-1] != self.dim:
+            raise EncoderMismatchError(self.name, self.encoder.describe(), f"{vectors.shape[-1]}-d")
+        return np.ascontiguousarray(vectors, np.float32)
+
+    def _expect(self, spec: EncoderSpec) -> None:
+        if spec.fingerprint != self.encoder.fingerprint:
+            raise EncoderMismatchError(self.name, self.encoder.describe(), spec.describe())
+
+    def _same_encoder(self, other: Index) -> None:
+        if other.encoder.fingerprint != self.encoder.fingerprint:
+            raise EncoderMismatchError(self.name, self.encoder.describe(), other.encoder.describe())
+
+
+def compare_indexes(a: Index, b: Index, k: int, data_dir: Path) -> dict[str, Any]:
+    """See :func:`toolkit.compare`."""
+    rows_b = {row.image_key: key for key, row in enumerate(b.version.iter_rows())}
+    pairs = [
+        (key, rows_b[row.image_key])
+        for key, row in enumerate(a.version.iter_rows())
+        if row.image_key in rows_b
+    ]
+    if not pairs:
+        raise QueryError(f"{a.name!r} and {b.name!r} have no picture in common")
+    keys_a, keys_b = np.array(pairs, np.int64).T
+    return {
+        "images": len(pairs),
+        "neighbour_overlap": quality.neighbour_overlap(a.vectors[keys_a], b.vectors[keys_b], k),
+        "label_precision": {i.name: i.label_precision() for i in (a, b)},
+        "images_per_s": {i.name: last_rate(data_dir, i.encoder.describe()) for i in (a, b)},
+    }
+
+
+def published_names(data_dir: Path) -> tuple[str, ...]:
+    """Names of every published index, sorted."""
+    from urllib.parse import unquote  # deferred: errors and lists only
+
+    folders = (data_dir / "indexes").glob("*/CURRENT")
+    return tuple(sorted(unquote(f.parent.name, errors="surrogateescape") for f in folders))
+
+
+def embed_bytes(
+    pictures: Sequence[bytes], request: EncoderRequest, settings: Settings
+) -> tuple[NDArray[np.float32], EncoderSpec]:
+    """Embed pictures that are held in memory, in this process's child.
+
+    Returns:
+        float32, shape ``(n, dim)``, and the encoder that did it.
+
+    Raises:
+        DecodeError: If one is no picture; the message names its place.
+        RoadError: If the child dies or hangs over them.
+    """
+    parts = []
+    with warm_executor(request, settings) as executor:
+        spec = executor.start()
+        for start in range(0, len(pictures), _EMBED_BATCH):
+            given = dict(enumerate(pictures[start : start + _EMBED_BATCH], start))
+            items = tuple(Item(n, b"", len(data)) for n, data in given.items())
+            outcome = executor.embed(Batch(start, spec.fingerprint, items), given)
+            for failed in outcome.failed:
+                raise DecodeError(f"picture {failed.item_id}: {failed.reason}")
+            parts.append(outcome.vectors)
+    empty = np.empty((0, spec.dim), np.float32)
+    return np.concatenate([empty, *parts]), spec
+
+
+def file_bytes(picture: Query) -> bytes:
+    """The bytes of a picture's file, whatever it was given as.
+
+    Raises:
+        QueryError: If there is no such file, or it is neither a picture nor pixels.
+        UnreadableError: If the file cannot be read.
+    """
+    if not isinstance(picture, (str, bytes, os.PathLike)):
+        return _png(picture)
+    path = os.path.abspath(os.path.expanduser(os.fsencode(picture)))
+    if not os.path.exists(path):
+        raise QueryError(f"no file {show_path(path)}")
+    return read_file(path)[0]
+
+
+def _png(picture: Any) -> bytes:
+    """A picture in memory as the bytes of a file that holds the same pixels."""
+    from PIL import Image  # deferred: queries by path or vector need no Pillow
+
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim not in (2, 3):
+            raise QueryError(
+                f"an array of {picture.dtype} {picture.shape} is neither pixels (uint8, height x "
+                "width x 3) nor a vector (one dimension)"
+            )
+        picture = Image.fromarray(picture)
+    if not isinstance(picture, Image.Image):
+        raise QueryError(f"a query is a path, a picture or a vector, not {type(picture).__name__}")
+    file = io.BytesIO()
+    keeps = picture.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+    # PNG is lossless; level 1 because the file lives for a millisecond.
+    (picture if keeps else picture.convert("RGB")).save(file, "PNG", compress_level=1)
+    return file.getvalue()
