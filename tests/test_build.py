@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
 import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 import toolkit as tk
-from tests.pictures import jpeg, write_bad_files, write_photos
-from tests.support import CHEAP, INDEX, build, build_cli, run_cli, table, wait_until
+from tests.pictures import (
+    cmyk_jpeg,
+    gif_animated,
+    jpeg,
+    png,
+    turned,
+    write_bad_files,
+    write_photos,
+)
+from tests.support import CHEAP, CHEAP_FLAGS, INDEX, build, build_cli, run_cli, table, wait_until
 from toolkit.dispatch.local import close_warm
 from toolkit.errors import (
     BuildFailedError,
@@ -352,15 +365,15 @@ def test_full_disk_is_one_clear_error_and_the_next_build_goes_on(
         subprocess.run(["umount", "--lazy", disk], check=True)
 
 
-def test_threads_do_not_show_in_the_result(photos: Path, tmp_path: Path) -> None:
+def test_threads_and_batch_size_do_not_show_in_the_result(photos: Path, tmp_path: Path) -> None:
     build("photos")
     with tk.open_index(INDEX) as index:
-        two = np.array(index.vectors)
+        expected = np.array(index.vectors)
     tk.configure(threads=1, data_dir=tmp_path / "elsewhere")
-    build("photos")
+    build("photos", batch_size=5)
 
     with tk.open_index(INDEX) as index:
-        assert np.abs(index.vectors - two).max() <= 1e-5
+        assert np.abs(index.vectors - expected).max() <= 1e-5
 
 
 def test_settings_changed_after_import_are_used_by_the_next_call(
@@ -404,3 +417,82 @@ def test_failures_are_written_as_csv(photos: Path, tmp_path: Path) -> None:
     assert done.returncode == 0
     assert lines[0] == "path,kind,reason,dataset"
     assert str(photos / "x.jpg") in lines[1]
+
+
+def test_required_workers_are_never_replaced_by_local_work(photos: Path, tmp_path: Path) -> None:
+    answer = build_cli("photos", "--require-workers")
+
+    assert answer["exit"] == 1
+    assert "no workers" in answer["stderr"]
+    assert tk.indexes() == []
+
+
+def test_bad_files_never_take_more_than_2_gb_of_memory(tmp_path: Path) -> None:
+    folder = tmp_path / "datasets" / "photos"
+    write_bad_files(folder)
+    (folder / "one_pixel.png").write_bytes(png(size=(1, 1)))
+    (folder / "animated.gif").write_bytes(gif_animated())
+    (folder / "cmyk.jpg").write_bytes(cmyk_jpeg())
+    for orientation in range(1, 9):
+        (folder / f"exif{orientation}.jpg").write_bytes(turned(orientation))
+    (folder / "large.jpg").write_bytes(jpeg(size=(8000, 6000)))
+    command = [sys.executable, "-m", "toolkit.cli", "build", "photos", *CHEAP_FLAGS, "--json"]
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, _resident_bytes(process.pid))
+            time.sleep(0.01)
+        assert process.stdout is not None
+        answer = json.load(process.stdout)
+
+    assert process.returncode == 0
+    assert (answer["indexed"], answer["duplicates"]) == (12, 0)
+    assert 50e6 < peak < 2e9
+
+
+def _resident_bytes(pid: int) -> int:
+    """Memory of a process and all that it started."""
+    total = 0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(pid)
+        for process in [parent, *parent.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += process.memory_info().rss
+    return total
+
+
+@pytest.mark.parametrize("loss", ["dataset missing", "every file fails"])
+def test_published_index_is_untouched_when_nothing_can_be_indexed(photos: Path, loss: str) -> None:
+    build("photos")
+    with tk.open_index(INDEX) as index:
+        before = table(index)
+    if loss == "dataset missing":
+        shutil.rmtree(photos)
+    else:
+        for file in photos.rglob("*.jpg"):
+            file.write_bytes(b"no picture at all, " + file.name.encode())
+
+    answer = build_cli("photos")
+
+    with tk.open_index(INDEX) as index:
+        assert table(index) == before
+    assert answer["exit"] in (1, 2)
+    assert len(answer["stderr"].strip().splitlines()) == 1 or answer["state"] == "held"
+
+
+def test_damaged_index_is_named_and_replace_builds_it_from_the_store(
+    photos: Path, tmp_path: Path
+) -> None:
+    build("photos")
+    (manifest,) = (tmp_path / "data" / "indexes").rglob("manifest.json")
+    manifest.write_text("{")
+
+    damaged = build_cli("photos")
+    run = build("photos", replace=True)
+
+    with tk.open_index(INDEX) as index:
+        assert len(index) == 12
+    assert damaged["exit"] == 1
+    assert "--replace" in damaged["stderr"]
+    assert run.accounting.embedded == 0

@@ -261,5 +261,5 @@ def test_datasets_are_the_folders_that_are_not_hidden(home: Path) -> None:
 def test_folder_of_the_datasets_that_cannot_be_listed_names_the_setting(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
 
-    with pytest.raises(DatasetError, match="cannot list.*TOOLKIT_DATASETS_DIR"):
+    with pytest.raises(DatasetError, match=r"cannot list.*TOOLKIT_DATASETS_DIR"):
         list_datasets(tmp_path / "file")

@@ -103,9 +103,7 @@ def test_attributes_are_what_the_error_was_made_of() -> None:
         (FormatVersionError, ["format 9", "up to 1", "upgrade"]),
     ],
 )
-def test_message_holds_the_values_and_the_cure(
-    error: type[ToolkitError], words: list[str]
-) -> None:
+def test_message_holds_the_values_and_the_cure(error: type[ToolkitError], words: list[str]) -> None:
     message = str(made(error))
 
     assert [word for word in words if word not in message] == []

@@ -66,7 +66,7 @@ def test_outcome_without_a_vector_survives_the_trip() -> None:
 
 
 def test_vectors_of_another_order_in_memory_travel_row_after_row() -> None:
-    columns = np.asfortranarray(np.arange(6, dtype=np.float64).reshape(2, 3))
+    columns = np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3))
 
     blob = Outcome(1, "f", (), (), columns).blob()
 

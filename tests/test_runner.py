@@ -184,6 +184,7 @@ def test_a_picture_without_a_direction_fails_alone(runner: Runner, tmp_path: Pat
     assert failed.item_id == 1
     # Another model may have a vector for the same bytes.
     assert not failed.kind.is_permanent
+    assert failed.kind is FailureKind.MODEL
     assert "no finite vector" in failed.reason
 
 

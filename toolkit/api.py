@@ -179,6 +179,7 @@ def build_index(
     head: str = "features",
     precision: str = "fp32",
     decode: str = "full",
+    batch_size: int | str = "auto",
     device: str | None = None,
     distributed: bool | str = True,
     include: Sequence[str] | None = None,
@@ -209,6 +210,8 @@ def build_index(
         head: ``features``, or ``projection`` for a CLIP tower's own projection.
         precision: ``fp32``.
         decode: ``full``.
+        batch_size: Images that go through the model at once, or ``auto``; changes no vector
+            by more than 1e-5 a component.
         device: ``auto``, ``cpu`` or a torch device.
         distributed: ``True``: workers if they really work, else local; ``False``: local;
             ``"require"``: workers or nothing.
@@ -234,6 +237,7 @@ def build_index(
         datasets,
         name=name,
         model=model,
+        batch_size=batch_size,
         device=device,
         distributed=distributed,
         include=include,
@@ -479,6 +483,7 @@ def _request(
     encoder: dict[str, Any],
     name: str | None = None,
     model: str | None = None,
+    batch_size: int | str | None = None,
     device: str | None = None,
     distributed: bool | str = True,
     include: Sequence[str] | None = None,
@@ -488,7 +493,7 @@ def _request(
     **flags: bool,
 ) -> tuple[BuildRequest, config.Settings]:
     """Resolve the settings and check every argument, before anything is touched."""
-    settings = config.resolve(device=device, model=model)
+    settings = config.resolve(device=device, model=model, batch_size=batch_size)
     if distributed not in (True, False, "require"):
         raise SettingError("distributed", distributed, "True, False or 'require'")
     if dtype not in ("f32", "f16", "i8"):

@@ -38,8 +38,6 @@ def _bool(value: object) -> bool:
 def _whole(low: int, high: int) -> Callable[[object], int]:
     def parse(value: object) -> int:
         try:
-            if isinstance(value, bool):
-                raise ValueError
             number = int(str(value))
         except ValueError:
             number = low - 1
@@ -82,6 +80,15 @@ def _path(value: object) -> Path:
     return Path(_text(value)).expanduser().absolute()
 
 
+def _batch_size(value: object) -> int | None:
+    if value is None or str(value).strip().lower() == "auto":
+        return None
+    try:
+        return _whole(1, 4096)(value)
+    except ValueError as error:
+        raise ValueError(f"auto, or {error}") from None
+
+
 def _port(value: object) -> int:
     if "://" in str(value):
         # Kubernetes puts the address of a service called "redis" into this variable.
@@ -119,6 +126,8 @@ class Settings:
         namespace: Prefix of every key on the server.
         device: ``auto``, ``cpu`` or a torch device such as ``cuda:0``.
         threads: Threads of one embedding process.
+        batch_size: Images that go through the model at once; ``None`` (written ``auto``)
+            takes what the device does best.
         stall_s: Seconds without progress after which an embedding process counts as hung.
         max_pixels: Pictures with more pixels are refused before they are decoded.
         follow_links: Whether a scan follows symbolic links; loops are cut.
@@ -142,6 +151,7 @@ class Settings:
     namespace: str = _setting("TOOLKIT_NAMESPACE", _text, "toolkit")
     device: str = _setting("TOOLKIT_DEVICE", _text, "auto")
     threads: int = _setting("TOOLKIT_THREADS", _whole(1, 1024), usable_cpus)
+    batch_size: int | None = _setting("TOOLKIT_BATCH_SIZE", _batch_size, None)
     stall_s: float = _setting("TOOLKIT_STALL_S", _seconds, 30.0)
     max_pixels: int = _setting("TOOLKIT_MAX_PIXELS", _whole(1, 1 << 31), 200_000_000)
     follow_links: bool = _setting("TOOLKIT_FOLLOW_LINKS", _bool, False)

@@ -105,9 +105,8 @@ class _Terminal:
 
 def header(record: RunRecord) -> str:
     """What does the work, and where it goes."""
-    parts = [record.encoder, f"device {record.device}", f"road {record.road}"]
-    if record.fallback_reason:
-        parts.append(record.fallback_reason)
+    reason = f" ({record.fallback_reason})" if record.fallback_reason else ""
+    parts = [record.encoder, f"device {record.device}", f"road {record.road}{reason}"]
     return " · ".join([*parts, f"writes to {record.folder}"])
 
 

@@ -433,10 +433,9 @@ def is_locked(path: Path) -> bool:
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    # Whatever a dying machine left there costs its line, not the others.
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         for line in file:
-            # The last line may be half written while its driver lives.
+            # Half written while its driver lives, or whatever a dying machine left there.
             with contextlib.suppress(ValueError):
                 yield json.loads(line)
 

@@ -30,7 +30,9 @@ from toolkit.errors import (
     BuildFailedError,
     BuildHeldError,
     BuildInProgressError,
+    DamagedIndexError,
     DiskFullError,
+    ExecutorUnavailableError,
     IndexConflictError,
     IndexNotFoundError,
     RunCancelledError,
@@ -52,6 +54,9 @@ logger = logging.getLogger(__name__)
 
 #: Images of one batch. A death repeats at most one.
 BATCH_ITEMS = 64
+
+#: Why a build that may use workers does not.
+NO_WORKERS = "no workers: this release embeds locally"
 
 #: Share by which free space must exceed what a build will write.
 SPACE_MARGIN = 1.2
@@ -246,7 +251,9 @@ class _Build:
         if journal is not None:
             self._journal = journal
         self._previous: IndexVersion | None = None
-        with contextlib.suppress(IndexNotFoundError):
+        # To build anew is the cure of a damaged index.
+        harmless = (IndexNotFoundError, *[DamagedIndexError] * request.replace)
+        with contextlib.suppress(*harmless):
             self._previous = open_current(self._folder)
 
     def close(self) -> None:
@@ -363,7 +370,11 @@ class _Build:
         self._journal.record.embed_seconds = time.monotonic() - started
 
     def _announce(self, executor: LocalExecutor) -> None:
+        if self._request.distributed == "require":
+            raise ExecutorUnavailableError(f"{NO_WORKERS}; build without --require-workers")
         executor.start()
+        if self._request.distributed:
+            self._journal.record.fallback_reason = NO_WORKERS
         self._journal.record.road = executor.road
         self._journal.record.device = executor.device
         self._journal.event("road", road=executor.road, device=executor.device)

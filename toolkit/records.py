@@ -22,13 +22,14 @@ class FailureKind(enum.StrEnum):
     """Why an image has no vector; decides whether it is tried again.
 
     ``decode`` and ``crash`` are remembered by content and not paid twice; the others are
-    tried again by the next build.
+    tried again by the next build. ``model``: the model gave no finite vector.
     """
 
     DECODE = "decode"
     CRASH = "crash"
     UNREADABLE = "unreadable"
     CHANGED = "changed"
+    MODEL = "model"
 
     @property
     def is_permanent(self) -> bool:

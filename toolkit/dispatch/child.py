@@ -96,6 +96,7 @@ def _load(question: dict[str, Any]) -> Encoder:
         data_dir=Path(question["data_dir"]),
         device=question["device"],
         threads=question["threads"],
+        batch_size=question["batch_size"],
     )
 
 

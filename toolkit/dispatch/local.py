@@ -231,6 +231,7 @@ class LocalExecutor:
                 "data_dir": str(self._settings.data_dir),
                 "device": self._settings.device,
                 "threads": self._settings.threads,
+                "batch_size": self._settings.batch_size,
                 "max_pixels": self._settings.max_pixels,
             }
         )
@@ -298,7 +299,10 @@ def warm_executor(request: EncoderRequest, settings: Settings) -> Iterator[Local
     One child is kept: a model in memory is large. It is dropped when it is left with batches
     in flight, so that no borrower meets another's answers.
     """
-    key = (request, settings.data_dir, settings.device, settings.threads, settings.max_pixels)
+    key = (
+        *(request, settings.data_dir, settings.device),
+        *(settings.threads, settings.batch_size, settings.max_pixels),
+    )
     with _warm_lock:
         executor = _warm.pop(key, None)
         while _warm:

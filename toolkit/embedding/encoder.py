@@ -61,11 +61,16 @@ class Encoder:
     """
 
     def __init__(
-        self, spec: EncoderSpec, model: torch.nn.Module, device: str, threads: int
+        self,
+        spec: EncoderSpec,
+        model: torch.nn.Module,
+        device: str,
+        threads: int,
+        batch_size: int | None = None,
     ) -> None:
         self.spec, self.device = spec, device
         is_cpu = device == "cpu"
-        self.micro_batch = CPU_MICRO_BATCH if is_cpu else ACCELERATOR_MICRO_BATCH
+        self.micro_batch = batch_size or (CPU_MICRO_BATCH if is_cpu else ACCELERATOR_MICRO_BATCH)
         self.n_lanes = threads if is_cpu else 1
         # The number of threads is a matter of each thread, too.
         self._lanes = ThreadPoolExecutor(
@@ -86,6 +91,7 @@ class Encoder:
         data_dir: Path,
         device: str = "auto",
         threads: int | None = None,
+        batch_size: int | None = None,
     ) -> Encoder:
         """Make the model, resolve its spec and remember it.
 
@@ -97,6 +103,8 @@ class Encoder:
             device: ``auto``, ``cpu`` or a torch device such as ``cuda:0``.
             threads: Runs of the model side by side on processors; by default as many as
                 this process may use.
+            batch_size: Images that go through the model at once; by default what the
+                device does best.
 
         Raises:
             ModelError: If timm does not know the model, cannot make it as asked for, or
@@ -109,7 +117,9 @@ class Encoder:
         weights = obtain_weights(request, data_dir)
         model = make_model(request, weights)
         spec = _spec(request, weights, model)
-        encoder = cls(spec, _fast(model, spec.preprocessing.input_size), device, threads)
+        encoder = cls(
+            spec, _fast(model, spec.preprocessing.input_size), device, threads, batch_size
+        )
         pictures = np.stack([encoder.prepare(picture) for picture in golden_pictures()])
         golden = encoder.encode(pictures)
         if not np.isfinite(golden).all():

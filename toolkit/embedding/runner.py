@@ -178,6 +178,10 @@ class Runner:
             picture = decode(data, max_pixels=max_pixels)
         except (UnreadableError, ChangedError, DecodeError) as error:
             return Failed(item.id, _KINDS[type(error)], str(error), key, stat)
+        except MemoryError:
+            # A matter of the machine, not of the bytes: they are not held against the picture.
+            reason = "there was not enough memory to decode it; the next build tries it again"
+            return Failed(item.id, FailureKind.UNREADABLE, reason, key, stat)
         size = picture.width, picture.height
         # The row is known when the model has run.
         answer = Embedded(item.id, key, -1, *size, picture.format, stat)
@@ -282,8 +286,7 @@ def _without_vector(answer: Embedded) -> Failed:
         "the model gave no finite vector for it; look at the picture, or use another model or "
         "other weights"
     )
-    # Not a fault of its bytes, which are remembered for every model: tried again next time.
-    return Failed(answer.item_id, FailureKind.UNREADABLE, reason, answer.key, answer.stat)
+    return Failed(answer.item_id, FailureKind.MODEL, reason, answer.key, answer.stat)
 
 
 def _read(item: Item) -> tuple[bytes, FileStat]:

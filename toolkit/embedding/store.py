@@ -159,11 +159,15 @@ class SegmentWriter:
         data = memoryview(np.ascontiguousarray(vectors, "<f4").tobytes())
         with mapped_write(self._path, len(data)):
             file = self._open()
-            # A write that a full disk cut short is written over by the next append.
-            file.seek(first * self._dim * 4)
-            while data:
-                data = data[file.write(data) :]
-            os.fsync(file.fileno())
+            try:
+                file.seek(first * self._dim * 4)
+                while data:
+                    data = data[file.write(data) :]
+                os.fsync(file.fileno())
+            except OSError:
+                # Half a row helps nobody, and a full disk has no room to tell of it.
+                file.truncate(first * self._dim * 4)
+                raise
         self._n_rows += len(vectors)
         return first
 

@@ -143,7 +143,7 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Picture:
     kind = _recognise(data)
     try:
         return _decode(data, kind, max_pixels)
-    except DecodeError:
+    except (DecodeError, MemoryError):
         raise
     # Broad: a parser lets out whatever broken bytes make it stumble on.
     except Exception as error:
