@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import toolkit as tk
-from toolkit.api import Build
+from toolkit.driver import Build
 from toolkit.search import Index
 
 #: timm's smallest real model: 0.3 M parameters, 64-d. Random weights need no download.

@@ -23,50 +23,45 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from toolkit import errors as errors
     from toolkit.api import (
-        Build,
         attach,
         build_index,
         compare,
         datasets,
         embed,
-        export_index,
-        import_index,
         indexes,
         open_index,
         plan,
-        pull_model,
         runs,
+    )
+    from toolkit.config import Settings, configure
+    from toolkit.driver import Build
+    from toolkit.hits import Hit, Hits
+    from toolkit.housekeeping import (
+        export_index,
+        import_index,
+        pull_model,
         store_gc,
         store_usage,
     )
-    from toolkit.config import Settings, configure
     from toolkit.images.walk import DEFAULT_EXCLUDES
-    from toolkit.search import Hit, Hits, Index
+    from toolkit.search import Index
 
     settings: Settings
 
 #: Where each public name lives.
 _HOMES = {
     "toolkit.api": (
-        "Build",
-        "attach",
-        "build_index",
-        "compare",
-        "datasets",
-        "embed",
-        "export_index",
-        "import_index",
-        "indexes",
-        "open_index",
-        "plan",
-        "pull_model",
-        "runs",
-        "store_gc",
-        "store_usage",
+        *("attach", "build_index", "compare", "datasets", "embed"),
+        *("indexes", "open_index", "plan", "runs"),
     ),
     "toolkit.config": ("Settings", "configure"),
+    "toolkit.driver": ("Build",),
+    "toolkit.hits": ("Hit", "Hits"),
+    "toolkit.housekeeping": (
+        *("export_index", "import_index", "pull_model", "store_gc", "store_usage"),
+    ),
     "toolkit.images.walk": ("DEFAULT_EXCLUDES",),
-    "toolkit.search": ("Hit", "Hits", "Index"),
+    "toolkit.search": ("Index",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

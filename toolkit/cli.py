@@ -150,6 +150,7 @@ def build(
     if dry_run:
         _print_plan(api.plan(list(datasets), **options), as_json)
         return 0
+    _say_where()
     try:
         run = api.build_index(list(datasets), wait=not detach, **options)
     except RunError as error:
@@ -264,6 +265,7 @@ def demo(photo: str, as_json: bool) -> None:
     """Build an index of the sample photos and look for the neighbours of one."""
     from toolkit import demo as sample
 
+    _say_where()
     shown = sample.run(photo)
     if as_json:
         _print_json([hit.to_json() for hit in shown.hits])
@@ -283,9 +285,9 @@ def model() -> None:
 @click.argument("name")
 def pull(name: str) -> None:
     """Fetch the weights of a timm model once, so that builds need no network."""
-    from toolkit import api
+    from toolkit import housekeeping
 
-    click.echo(f"ready: {api.pull_model(name).describe()}")
+    click.echo(f"ready: {housekeeping.pull_model(name).describe()}")
 
 
 @main.command("export")
@@ -293,9 +295,9 @@ def pull(name: str) -> None:
 @click.argument("folder", type=click.Path(file_okay=False))
 def export_index(index: str, folder: str) -> None:
     """Write an index in clip-retrieval's layout: img_emb/*.npy, metadata/*.parquet."""
-    from toolkit import api
+    from toolkit import housekeeping
 
-    n = api.export_index(index, folder)
+    n = housekeeping.export_index(index, folder)
     click.echo(f"{n} vectors in {folder}")
 
 
@@ -305,9 +307,9 @@ def export_index(index: str, folder: str) -> None:
 @click.option("--replace", is_flag=True, help="Build over an index of that name.")
 def import_index(folder: str, name: str, replace: bool) -> None:
     """Read vectors in clip-retrieval's layout into an index."""
-    from toolkit import api
+    from toolkit import housekeeping
 
-    index = api.import_index(folder, name=name, replace=replace)
+    index = housekeeping.import_index(folder, name=name, replace=replace)
     click.echo(repr(index))
 
 
@@ -320,9 +322,9 @@ def store() -> None:
 @as_json
 def du(as_json: bool) -> None:
     """Show what the vectors of each encoder take."""
-    from toolkit import api
+    from toolkit import housekeeping
 
-    rows = api.store_usage()
+    rows = housekeeping.store_usage()
     _print_rows(rows, ["model", "n_vectors", "n_bytes", "fingerprint"], as_json, empty="empty")
 
 
@@ -330,9 +332,9 @@ def du(as_json: bool) -> None:
 @as_json
 def gc(as_json: bool) -> None:
     """Remove vectors that no index uses. Nothing else ever removes one."""
-    from toolkit import api
+    from toolkit import housekeeping
 
-    found = api.store_gc()
+    found = housekeeping.store_gc()
     if as_json:
         _print_json(found)
     else:
@@ -343,9 +345,16 @@ def gc(as_json: bool) -> None:
 @click.argument("run_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def drive(run_dir: Path) -> None:
     """Run a build that was queued; started by `build --detach`."""
-    from toolkit import api
+    from toolkit import driver
 
-    api.drive(run_dir)
+    driver.drive(run_dir)
+
+
+def _say_where() -> None:
+    """At the first use, say where everything will lie."""
+    data_dir = config.resolve().data_dir
+    if not data_dir.exists():
+        click.echo(f"vectors, indexes and runs go to {data_dir} (TOOLKIT_DATA_DIR)", err=True)
 
 
 def _print_run(run: Any, as_json: bool) -> None:

@@ -11,7 +11,7 @@ from toolkit.images.decode import decode, read_file
 if TYPE_CHECKING:
     from PIL import Image
 
-    from toolkit.search import Hits
+    from toolkit.hits import Hits
 
 #: Side of one cell in pixels, height of its caption, and cells in a row.
 CELL_PX, CAPTION_PX, COLUMNS = 224, 34, 5

@@ -8,8 +8,8 @@ from pathlib import Path
 from toolkit import api, config
 from toolkit.contact_sheet import write_contact_sheet
 from toolkit.errors import DatasetError
+from toolkit.hits import Hits
 from toolkit.samples import PHOTOS
-from toolkit.search import Hits
 
 #: Name of the demo's index, and the model whose weights come with the extra ``demo``.
 INDEX, MODEL = "demo", "tf_efficientnet_lite0"

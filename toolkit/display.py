@@ -19,7 +19,7 @@ from toolkit.errors import ImageError
 from toolkit.journal import Progress, RunRecord, RunState
 
 if TYPE_CHECKING:
-    from toolkit.search import Hits
+    from toolkit.hits import Hits
 
 #: Longer side of a thumbnail in pixels: about 5 KB each as base64.
 THUMBNAIL_PX = 128
@@ -32,18 +32,16 @@ Show = Callable[[RunRecord], None]
 
 @contextlib.contextmanager
 def progress() -> Iterator[Show]:
-    """Show how far a run is, where this process can: a kernel, a terminal, or nowhere.
+    """Show how far a run is: in a kernel and a terminal live, elsewhere what does the work.
 
     Yields:
         A function to call with the record whenever it changed.
     """
     if in_kernel():
         yield _kernel_progress()
-    elif sys.stderr.isatty():
-        with _Terminal() as terminal:
-            yield terminal.show
     else:
-        yield lambda record: None
+        with _Terminal(has_bars=sys.stderr.isatty()) as terminal:
+            yield terminal.show
 
 
 def in_kernel() -> bool:
@@ -69,7 +67,8 @@ def _kernel_progress() -> Show:
 class _Terminal:
     """One bar a stage, on stderr, under a line that says what does the work and where."""
 
-    def __init__(self) -> None:
+    def __init__(self, has_bars: bool) -> None:
+        self._has_bars = has_bars
         self._bar: Any = None
         self._stage = ""
         self._has_header = False
@@ -90,7 +89,7 @@ class _Terminal:
         if record.stage != self._stage:
             self._close()
             self._stage = record.stage
-            if record.stage:
+            if record.stage and self._has_bars:
                 total = record.total or None
                 self._bar = tqdm(desc=f"{record.stage:<7}", total=total, unit=" images")
         if self._bar is not None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
-import io
 import os
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -16,94 +13,21 @@ from numpy.typing import NDArray
 
 from toolkit import display
 from toolkit.config import Settings
-from toolkit.dispatch.local import warm_executor
 from toolkit.embedding.spec import EncoderRequest, EncoderSpec
-from toolkit.errors import DecodeError, EncoderMismatchError, IndexNotFoundError, QueryError
-from toolkit.images.decode import image_key, read_file
+from toolkit.errors import EncoderMismatchError, IndexNotFoundError, QueryError
+from toolkit.hits import Hit, Hits
+from toolkit.images.decode import image_key
 from toolkit.index import curate, quality
 from toolkit.index.version import IndexVersion, open_current
 from toolkit.pipeline import index_dir, last_rate
-from toolkit.records import Batch, Item, show_path
+from toolkit.query import Query, embed_bytes, file_bytes
+from toolkit.records import show_path
 
 if TYPE_CHECKING:
     import pandas as pd
-    from PIL import Image
-
-#: What may be asked for: a path, a picture, an array of pixels, or a vector.
-Query: TypeAlias = "str | bytes | os.PathLike[str] | Image.Image | NDArray[Any]"
 
 #: What may narrow a search: a dataset, a path pattern, or a mask over the rows.
 Where: TypeAlias = "str | NDArray[np.bool_] | pd.Series[bool]"
-
-#: Images of one call that are embedded at once.
-_EMBED_BATCH = 64
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Hit:
-    """One content that a search found.
-
-    Attributes:
-        rank: 1 for the nearest.
-        score: Cosine similarity; higher is nearer.
-        path: Its first file.
-        dataset: Dataset of that file.
-        paths: Every file with this content.
-        label: Label of the first file.
-        key: Row in the index.
-    """
-
-    rank: int
-    score: float
-    path: str
-    dataset: str
-    paths: tuple[str, ...]
-    label: str
-    key: int
-
-    def to_json(self) -> dict[str, Any]:
-        """The keys that ``--json`` promises."""
-        return {
-            "rank": self.rank,
-            "score": self.score,
-            "path": self.path,
-            "dataset": self.dataset,
-            "paths": list(self.paths),
-        }
-
-
-class Hits(Sequence[Hit]):
-    """The answer to a search, nearest first; thumbnails in a notebook.
-
-    Attributes:
-        exact: Whether every row was compared, rather than those the graph proposed.
-    """
-
-    def __init__(self, hits: Sequence[Hit], exact: bool) -> None:
-        self._hits, self.exact = tuple(hits), exact
-
-    def __len__(self) -> int:
-        return len(self._hits)
-
-    def __getitem__(self, place: Any) -> Any:
-        return self._hits[place]
-
-    def __iter__(self) -> Iterator[Hit]:
-        return iter(self._hits)
-
-    def to_pandas(self) -> pd.DataFrame:
-        """A row per hit: rank, score, path, dataset, paths, label, key."""
-        import pandas as pd  # deferred: `import toolkit` is to take less than 0.3 s
-
-        columns = [field.name for field in dataclasses.fields(Hit)]
-        rows = [[getattr(hit, column) for column in columns] for hit in self]
-        return pd.DataFrame(rows, columns=columns)
-
-    def __repr__(self) -> str:
-        return display.hits_text(self)
-
-    def _repr_html_(self) -> str:
-        return display.hits_html(self)
 
 
 class Index:
@@ -420,64 +344,3 @@ def published_names(data_dir: Path) -> tuple[str, ...]:
 
     folders = (data_dir / "indexes").glob("*/CURRENT")
     return tuple(sorted(unquote(f.parent.name, errors="surrogateescape") for f in folders))
-
-
-def embed_bytes(
-    pictures: Sequence[bytes], request: EncoderRequest, settings: Settings
-) -> tuple[NDArray[np.float32], EncoderSpec]:
-    """Embed pictures that are held in memory, in this process's child.
-
-    Returns:
-        float32, shape ``(n, dim)``, and the encoder that did it.
-
-    Raises:
-        DecodeError: If one is no picture; the message names its place.
-        RoadError: If the child dies or hangs over them.
-    """
-    parts = []
-    with warm_executor(request, settings) as executor:
-        spec = executor.start()
-        for start in range(0, len(pictures), _EMBED_BATCH):
-            given = dict(enumerate(pictures[start : start + _EMBED_BATCH], start))
-            items = tuple(Item(n, b"", len(data)) for n, data in given.items())
-            outcome = executor.embed(Batch(start, spec.fingerprint, items), given)
-            for failed in outcome.failed:
-                raise DecodeError(f"picture {failed.item_id}: {failed.reason}")
-            parts.append(outcome.vectors)
-    empty = np.empty((0, spec.dim), np.float32)
-    return np.concatenate([empty, *parts]), spec
-
-
-def file_bytes(picture: Query) -> bytes:
-    """The bytes of a picture's file, whatever it was given as.
-
-    Raises:
-        QueryError: If there is no such file, or it is neither a picture nor pixels.
-        UnreadableError: If the file cannot be read.
-    """
-    if not isinstance(picture, (str, bytes, os.PathLike)):
-        return _png(picture)
-    path = os.path.abspath(os.path.expanduser(os.fsencode(picture)))
-    if not os.path.exists(path):
-        raise QueryError(f"no file {show_path(path)}")
-    return read_file(path)[0]
-
-
-def _png(picture: Any) -> bytes:
-    """A picture in memory as the bytes of a file that holds the same pixels."""
-    from PIL import Image  # deferred: queries by path or vector need no Pillow
-
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim not in (2, 3):
-            raise QueryError(
-                f"an array of {picture.dtype} {picture.shape} is neither pixels (uint8, height x "
-                "width x 3) nor a vector (one dimension)"
-            )
-        picture = Image.fromarray(picture)
-    if not isinstance(picture, Image.Image):
-        raise QueryError(f"a query is a path, a picture or a vector, not {type(picture).__name__}")
-    file = io.BytesIO()
-    keeps = picture.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
-    # PNG is lossless; level 1 because the file lives for a millisecond.
-    (picture if keeps else picture.convert("RGB")).save(file, "PNG", compress_level=1)
-    return file.getvalue()

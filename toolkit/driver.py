@@ -1,0 +1,213 @@
+"""A run, driven in this process or in one of its own, and watched from anywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from toolkit import config, display
+from toolkit.errors import (
+    BuildFailedError,
+    BuildHeldError,
+    RunCancelledError,
+    RunNotFoundError,
+)
+from toolkit.journal import (
+    Accounting,
+    Progress,
+    RunJournal,
+    RunRecord,
+    RunState,
+    RunView,
+    new_run_id,
+)
+from toolkit.pipeline import run_build, runs_dir
+from toolkit.request import BuildRequest
+from toolkit.search import Index
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: Seconds a detached build may take until its journal appears.
+DETACH_TIMEOUT_S = 30.0
+
+_detached: list[subprocess.Popen[bytes]] = []
+
+
+class Build:
+    """A run of a build, live or ended; works from any process that sees the data folder."""
+
+    def __init__(self, view: RunView, settings: config.Settings) -> None:
+        self._view, self._settings = view, settings
+
+    @property
+    def run_id(self) -> str:
+        """The run's id."""
+        return self._view.folder.name
+
+    @property
+    def record(self) -> RunRecord:
+        """Everything the journal says, as it is now."""
+        return self._view.record()
+
+    @property
+    def state(self) -> RunState:
+        """What it is doing or how it ended."""
+        return self.record.state
+
+    @property
+    def accounting(self) -> Accounting:
+        """The books, in files."""
+        return self.record.accounting
+
+    @property
+    def progress(self) -> Progress:
+        """How far it is."""
+        return self.record.progress
+
+    @property
+    def failures(self) -> pd.DataFrame:
+        """A row per failed file: path, kind, reason, dataset. ``.to_csv()`` writes it."""
+        import pandas as pd  # deferred: `import toolkit` is to take less than 0.3 s
+
+        return pd.DataFrame(self._view.failures(), columns=["path", "kind", "reason", "dataset"])
+
+    @property
+    def index(self) -> Index:
+        """The index it published, opened.
+
+        Raises:
+            IndexNotFoundError: If nothing is published under that name.
+        """
+        return Index.open(self.record.index, self._settings)
+
+    def cancel(self) -> None:
+        """Ask it to stop; what is embedded by then is kept."""
+        self._view.request_cancel()
+
+    def wait(self, timeout_s: float | None = None) -> Build:
+        """Wait until it ends, showing how far it is.
+
+        Raises:
+            TimeoutError: If it is still live after ``timeout_s`` seconds.
+            RunError: As :func:`build_index` raises it.
+        """
+        deadline = time.monotonic() + timeout_s if timeout_s is not None else None
+        with display.progress() as show:
+            while (record := self.record).state.is_live:
+                show(record)
+                if deadline is not None and time.monotonic() > deadline:
+                    raise TimeoutError(f"run {self.run_id} is {record.state} after {timeout_s:g} s")
+                time.sleep(0.2)  # a file is polled: no other process can wake us
+            show(record)
+        _raise_if_failed(record)
+        return self
+
+    def publish(self) -> Build:
+        """Release a held build: build again, accepting what the guard found.
+
+        Raises:
+            RunNotFoundError: If it is not held.
+        """
+        record = self.record
+        if record.state is not RunState.HELD:
+            raise RunNotFoundError(f"run {self.run_id} is {record.state}, not held")
+        request = BuildRequest.from_json(record.request)
+        return run_here(dataclasses.replace(request, accept_changes=True), self._settings)
+
+    def logs(self) -> str:
+        """The run's log."""
+        return self._view.log()
+
+    def __repr__(self) -> str:
+        return display.run_text(self.record)
+
+    def _repr_html_(self) -> str:
+        return display.run_html(self.record, self._view.failures())
+
+
+def run_here(request: BuildRequest, settings: config.Settings) -> Build:
+    """Run a build in this process, showing how far it is."""
+    journal = _journal(request, settings)
+    build = Build(RunView(journal.folder), settings)
+    with _logged(journal), display.progress() as show:
+        journal.add_sink(show)
+        with contextlib.suppress(BuildHeldError):
+            run_build(request, settings, journal)
+    return build
+
+
+def drive(run_dir: Path) -> None:
+    """Run a build that another process queued; what a detached build's process does."""
+    settings = config.resolve()
+    record = RunView(run_dir).record()
+    journal = RunJournal(run_dir.parent, record)
+    with _logged(journal), contextlib.suppress(BuildHeldError):
+        run_build(BuildRequest.from_json(record.request), settings, journal)
+
+
+def detach(request: BuildRequest, settings: config.Settings) -> Build:
+    """Start a process that runs the build and outlives this one."""
+    journal = _journal(request, settings)
+    journal.release()
+    folder = journal.folder
+    environment = {**os.environ, **config.as_environment(settings)}
+    with open(folder / "run.log", "ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "toolkit.cli", "drive", str(folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
+        )
+    # Held until it has ended: a dropped handle of a live process is a warning, and a zombie.
+    _detached[:] = [process, *(other for other in _detached if other.poll() is None)]
+    build = Build(RunView(folder), settings)
+    deadline = time.monotonic() + DETACH_TIMEOUT_S
+    while build.state is RunState.QUEUED:
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise BuildFailedError(
+                f"the process of run {build.run_id} did not start; see its log: "
+                f"{folder / 'run.log'}",
+                build.run_id,
+            )
+        time.sleep(0.05)  # a file is polled: the other process has no other way to tell
+    return build
+
+
+def _journal(request: BuildRequest, settings: config.Settings) -> RunJournal:
+    record = RunRecord(new_run_id(), request.name, request=request.to_json())
+    return RunJournal(runs_dir(settings.data_dir), record)
+
+
+@contextlib.contextmanager
+def _logged(journal: RunJournal) -> Iterator[None]:
+    """Send the package's log to the run's file as well, while the run lasts."""
+    handler = logging.FileHandler(journal.folder / "run.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    package = logging.getLogger("toolkit")
+    package.addHandler(handler)
+    level = package.level
+    package.setLevel(min(level or logging.INFO, logging.INFO))
+    try:
+        yield
+    finally:
+        package.setLevel(level)
+        package.removeHandler(handler)
+        handler.close()
+
+
+def _raise_if_failed(record: RunRecord) -> None:
+    if record.state is RunState.CANCELLED:
+        raise RunCancelledError(f"run {record.run_id} was cancelled", record.run_id)
+    if record.state in (RunState.FAILED, RunState.INTERRUPTED):
+        raise BuildFailedError(f"run {record.run_id} {record.state}: {record.error}", record.run_id)
