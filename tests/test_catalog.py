@@ -7,6 +7,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,31 +66,38 @@ def test_transaction_that_fails_leaves_nothing(tmp_path: Path, error: type[BaseE
         assert count(catalog) == 1
 
 
-def test_reader_does_not_wait_for_a_writer(tmp_path: Path) -> None:
+def test_reader_and_writer_do_not_wait_for_each_other(tmp_path: Path) -> None:
     with (
         contextlib.closing(open_catalog(tmp_path)) as writer,
         contextlib.closing(open_catalog(tmp_path)) as reader,
-        transaction(writer),
     ):
-        writer.execute(INSERT, (b"key",))
+        writer.execute("PRAGMA busy_timeout = 100")
+        reader.execute("BEGIN")
+        before = count(reader)
+        with transaction(writer):
+            writer.execute(INSERT, (b"key",))
+        during = count(reader)
+        reader.execute("COMMIT")
 
-        assert (count(writer), count(reader)) == (1, 0)
+        assert (before, during, count(reader)) == (0, 0, 1)
 
 
 @pytest.mark.slow
 def test_processes_that_make_it_at_once_all_get_it(tmp_path: Path) -> None:
     script = (
-        "import sys\n"
+        "import sys, time\n"
         "from pathlib import Path\n"
         "from toolkit.catalog import open_catalog, transaction\n"
         "print('ready', flush=True)\n"
-        "sys.stdin.read(1)\n"
-        "for folder in sorted(Path(sys.argv[1]).iterdir()):\n"
+        "start = float(sys.stdin.readline())\n"
+        "for n, folder in enumerate(sorted(Path(sys.argv[1]).iterdir())):\n"
+        # All at the same instant, as near as can be.
+        "    while time.time() < start + n / 50: pass\n"
         "    catalog = open_catalog(folder)\n"
         "    with transaction(catalog):\n"
         "        catalog.execute('INSERT INTO images VALUES (?, 1, 1, ?)', (sys.argv[2], 'x'))\n"
     )
-    folders = [tmp_path / "many" / str(n) for n in range(40)]
+    folders = [tmp_path / "many" / str(n) for n in range(60)]
     for folder in folders:
         folder.mkdir(parents=True)
     pipe = subprocess.PIPE
@@ -103,9 +111,10 @@ def test_processes_that_make_it_at_once_all_get_it(tmp_path: Path) -> None:
         assert process.stdout is not None
         process.stdout.readline()
 
+    start = time.time() + 0.1
     for process in processes:
         assert process.stdin is not None
-        process.stdin.write(b"\n")
+        process.stdin.write(f"{start}\n".encode())
         process.stdin.flush()
     for process in processes:
         process.communicate(timeout=120)

@@ -314,6 +314,22 @@ def test_file_that_was_read_in_another_version_is_not_believed(
     assert rows(catalog)["a.jpg"].key == key_of(a_large(b"two"))
 
 
+def test_file_that_changed_before_it_was_decoded_is_known_as_it_was_decoded(
+    catalog: sqlite3.Connection, root: Path
+) -> None:
+    path = root / "a.jpg"
+    path.write_bytes(a_large(b"one"))
+    scan = scanned(catalog, root)
+    path.write_bytes(a_large(b"two"))
+    with transaction(catalog):
+        scan.identify(id_of(catalog, path), b"two's", FileStat.of(os.stat(path)))
+    let_time_pass(catalog)
+
+    scanned(catalog, root)
+
+    assert rows(catalog)["a.jpg"] == Row(b"two's", True, None, None)
+
+
 def test_build_that_ended_before_decoding_leaves_no_key_behind(
     catalog: sqlite3.Connection, root: Path
 ) -> None:

@@ -57,7 +57,7 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON on st
 @click.option("--data-dir", help="Where vectors, indexes and runs lie (TOOLKIT_DATA_DIR).")
 @click.option("--datasets-dir", help="Where datasets lie (TOOLKIT_DATASETS_DIR).")
 def main(verbose: int, data_dir: str | None, datasets_dir: str | None) -> None:
-    r"""Turn folders of images into a searchable vector index.
+    """Turn folders of images into a searchable vector index.
 
     \b
     toolkit demo                      see it work on sample photos
@@ -66,7 +66,9 @@ def main(verbose: int, data_dir: str | None, datasets_dir: str | None) -> None:
 
     A second build of the same folder embeds only what is new. Every setting is an
     environment variable or a key of toolkit.toml as well; `toolkit settings` shows them.
-    """
+
+    Exit codes: 0 done; 1 the work failed, was held or cancelled; 2 wrong use; 130 interrupted.
+    """  # noqa: D301  click takes the character itself as the sign not to wrap
     config.configure(data_dir=data_dir, datasets_dir=datasets_dir)
     level = [config.resolve().log_level.upper(), "INFO", "DEBUG"][min(verbose, 2)]
     logging.basicConfig(level=level, format="%(levelname)s %(message)s", stream=sys.stderr)
@@ -91,7 +93,10 @@ def settings(as_json: bool) -> None:
 @main.command()
 @as_json
 def datasets(as_json: bool) -> None:
-    """List the datasets that have a name: the folders under the datasets folder."""
+    """List the datasets that have a name.
+
+    These are the folders under the datasets folder; any other path works as well.
+    """
     from toolkit import api  # deferred, here and below: --help is to take less than 0.3 s
 
     rows = api.datasets()
@@ -109,6 +114,8 @@ def datasets(as_json: bool) -> None:
 @click.option("--random-weights", is_flag=True, help="Random weights, for tests.")
 @click.option("--head", default="features", help="features, or projection for a CLIP tower.")
 @click.option("--img-size", type=int, help="Side of the model's input in pixels.")
+@click.option("--global-pool", help="Another pooling than the model's own, by timm's name.")
+@click.option("--batch-size", help="Images through the model at once.  [default: auto]")
 @click.option("--device", help="auto, cpu, or a torch device such as cuda:0.")
 @click.option("--local", is_flag=True, help="Embed in this machine's own process.")
 @click.option("--require-workers", is_flag=True, help="Embed on workers or not at all.")
@@ -262,7 +269,7 @@ def logs(run_id: str) -> None:
 @click.option("--photo", default="monuments/colosseum.webp", help="The sample to query.")
 @as_json
 def demo(photo: str, as_json: bool) -> None:
-    """Build an index of the sample photos and look for the neighbours of one."""
+    """Build an index of sample photos and search it."""
     from toolkit import demo as sample
 
     _say_where()
@@ -294,7 +301,11 @@ def pull(name: str) -> None:
 @click.argument("index")
 @click.argument("folder", type=click.Path(file_okay=False))
 def export_index(index: str, folder: str) -> None:
-    """Write an index in clip-retrieval's layout: img_emb/*.npy, metadata/*.parquet."""
+    """Write an index in clip-retrieval's layout.
+
+    These are img_emb/*.npy and metadata/*.parquet, and encoder.json, which lets an import
+    elsewhere be searched with pictures.
+    """
     from toolkit import housekeeping
 
     n = housekeeping.export_index(index, folder)
@@ -306,7 +317,7 @@ def export_index(index: str, folder: str) -> None:
 @click.option("--name", required=True, help="Name of the index.")
 @click.option("--replace", is_flag=True, help="Build over an index of that name.")
 def import_index(folder: str, name: str, replace: bool) -> None:
-    """Read vectors in clip-retrieval's layout into an index."""
+    """Read an index in clip-retrieval's layout."""
     from toolkit import housekeeping
 
     index = housekeeping.import_index(folder, name=name, replace=replace)
