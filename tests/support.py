@@ -67,3 +67,12 @@ def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = 60.
     while not condition():
         assert time.monotonic() < end, f"waited {deadline_s:g} s in vain: {what}"
         time.sleep(0.02)
+
+
+def save_random_weights(path: Path, seed: int) -> None:
+    """Weights of the cheap model, in a process of its own: this one is to stay without torch."""
+    code = (
+        "import sys, timm, torch, safetensors.torch as s; torch.manual_seed(int(sys.argv[2]))\n"
+        "s.save_file(timm.create_model('test_vit', num_classes=0).state_dict(), sys.argv[1])"
+    )
+    subprocess.run([sys.executable, "-c", code, str(path), str(seed)], check=True)

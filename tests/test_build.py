@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from PIL import Image
 
 import toolkit as tk
 from tests.pictures import (
@@ -26,14 +27,26 @@ from tests.pictures import (
     write_bad_files,
     write_photos,
 )
-from tests.support import CHEAP, CHEAP_FLAGS, INDEX, build, build_cli, run_cli, table, wait_until
+from tests.support import (
+    CHEAP,
+    CHEAP_FLAGS,
+    INDEX,
+    build,
+    build_cli,
+    run_cli,
+    save_random_weights,
+    table,
+    wait_until,
+)
 from toolkit.dispatch.local import close_warm
 from toolkit.errors import (
     BuildFailedError,
     BuildInProgressError,
     DatasetError,
     IndexConflictError,
+    QueryError,
     RunCancelledError,
+    SettingError,
 )
 
 pytestmark = pytest.mark.slow
@@ -496,3 +509,174 @@ def test_damaged_index_is_named_and_replace_builds_it_from_the_store(
     assert damaged["exit"] == 1
     assert "--replace" in damaged["stderr"]
     assert run.accounting.embedded == 0
+
+
+def test_estimate_after_an_interrupted_build_is_no_fantasy(photos: Path) -> None:
+    write_photos(photos / "many", 800, seed=1000)
+    run = build("photos", wait=False)
+    wait_until(lambda: run.accounting.embedded >= 64, "a stored batch")
+    os.kill(run.record.pid, 9)
+    wait_until(lambda: not run.state.is_live, "the end of the run")
+
+    plan = tk.plan("photos", **CHEAP)
+
+    assert plan.seconds is not None
+    assert 0.05 < plan.seconds < 600
+    assert run.accounting.found == 812
+
+
+def test_closed_index_says_so(photos: Path) -> None:
+    build("photos")
+    index = tk.open_index(INDEX)
+    index.close()
+
+    with pytest.raises(QueryError, match="closed; open it again"):
+        index.search(next(photos.rglob("*.jpg")))
+
+
+def test_embed_takes_one_picture_or_many_of_any_kind(photos: Path) -> None:
+    build("photos")
+    files = sorted(photos.rglob("*.jpg"))
+    with Image.open(files[1]) as picture:
+        pixels = np.asarray(picture)
+
+    one = tk.embed(files[0], **CHEAP)
+    many = tk.embed([files[0], pixels, Image.fromarray(pixels)], **CHEAP)
+
+    with tk.open_index(INDEX) as index:
+        stored = np.array(index.vectors[:2])
+    assert one.shape == (1, 64)
+    assert np.abs(one[0] - stored[0]).max() <= 1e-6
+    assert np.abs(many - stored[[0, 1, 1]]).max() <= 1e-6
+
+
+def test_file_that_changes_back_is_not_embedded_again(photos: Path) -> None:
+    file = photos / "big.jpg"
+    before, after = jpeg(size=(900, 700), seed=1), jpeg(size=(900, 700), seed=2)
+    file.write_bytes(before)
+    build("photos")
+    file.write_bytes(after)
+    build("photos")
+    file.write_bytes(before)
+
+    run = build("photos")
+
+    # Larger than both ends together, so that only the whole file tells.
+    assert min(len(before), len(after)) > 2 * (64 << 10)
+    assert (run.state, run.accounting.embedded) == ("done", 0)
+
+
+def test_file_that_two_datasets_hold_is_no_duplicate_of_itself(photos: Path) -> None:
+    run = build([photos, photos / "a"], name="nested")
+
+    with tk.open_index("nested") as index:
+        assert len(index.duplicates()) == 0
+    assert (run.accounting.indexed, run.accounting.duplicates) == (12, 0)
+    assert run.record.excluded_by == {"named twice": 6}
+
+
+def test_raised_limit_of_pixels_tries_again_what_was_too_large(photos: Path) -> None:
+    (photos / "large.jpg").write_bytes(jpeg(size=(400, 300), seed=5))
+    tk.configure(max_pixels=100_000)
+    small = build("photos")
+    tk.configure(max_pixels=1_000_000)
+
+    large = build("photos")
+    tk.configure(max_pixels=100_000)
+    again = build("photos", name="other")
+
+    assert (small.accounting.failed, large.accounting.failed) == (1, 0)
+    assert (large.accounting.embedded, again.accounting.failed) == (1, 0)
+
+
+def test_release_accepts_the_losses_that_were_shown_and_no_more(photos: Path) -> None:
+    build("photos")
+    files = sorted(photos.rglob("*.jpg"))
+    for file in files[:3]:
+        file.unlink()
+    held = build("photos")
+    shutil.rmtree(photos)
+    photos.mkdir()
+
+    more = held.publish()
+
+    with tk.open_index(INDEX) as index:
+        assert len(index) == 12
+    assert (held.state, more.state) == ("held", "held")
+
+
+def test_replaced_weights_are_not_answered_by_a_warm_child(photos: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "weights.safetensors"
+    save_random_weights(weights, seed=1)
+    build("photos", name="first", pretrained=True, checkpoint_path=weights)
+    save_random_weights(weights, seed=2)
+
+    build("photos", name="second", pretrained=True, checkpoint_path=weights)
+
+    with tk.open_index("first") as first, tk.open_index("second") as second:
+        assert first.encoder.fingerprint != second.encoder.fingerprint
+        assert np.abs(first.vectors - second.vectors).max() > 0.01
+
+
+def test_many_identical_bad_files_are_looked_at_once(photos: Path) -> None:
+    for n in range(30):
+        (photos / f"bad{n}.jpg").write_bytes(b"no picture, " * 20_000)
+
+    run = build("photos")
+
+    assert run.accounting.failed == 30
+    assert run.record.batches["local"] <= 2
+
+
+def test_gc_does_not_run_beside_a_build(photos: Path) -> None:
+    write_photos(photos / "many", 800, seed=1000)
+    run = build("photos", wait=False)
+    wait_until(lambda: run.accounting.embedded > 0, "an embedded image")
+
+    with pytest.raises(BuildInProgressError):
+        tk.store_gc()
+
+    assert run.wait(timeout_s=120).state == "done"
+    assert tk.store_gc()["n_vectors"] == 0
+
+
+def test_cancel_before_anything_is_embedded_publishes_nothing(photos: Path) -> None:
+    build("photos", name="other")
+    queued = build("photos", wait=False)
+    queued._view.request_cancel()
+
+    with pytest.raises(RunCancelledError):
+        queued.wait(timeout_s=60)
+
+    assert [index["name"] for index in tk.indexes()] == ["other"]
+
+
+@pytest.mark.parametrize("name", ["..", ".", ".hidden", "a/b", "ä+ö 猫"])
+def test_any_name_of_an_index_stays_in_its_place(photos: Path, tmp_path: Path, name: str) -> None:
+    build("photos", name=name)
+
+    assert [index["name"] for index in tk.indexes()] == [name]
+    assert not (tmp_path / "data" / "versions").exists()
+    with pytest.raises(SettingError, match="200 bytes"):
+        build("photos", name="x" * 300)
+
+
+def test_search_asks_for_no_more_than_there_is(photos: Path) -> None:
+    build("photos")
+
+    with tk.open_index(INDEX) as index:
+        hits = index.search(next(photos.rglob("*.jpg")), k=10**9)
+
+    assert len(hits) == 11
+
+
+def test_query_picture_is_turned_as_its_file_would_be(photos: Path) -> None:
+    file = photos / "turned.jpg"
+    file.write_bytes(turned(6))
+    build("photos")
+
+    with tk.open_index(INDEX) as index, Image.open(file) as picture:
+        (nearest,) = index.search(picture, k=1, include_self=True)
+
+    assert nearest.path == str(file)
+    assert nearest.score > 0.9999

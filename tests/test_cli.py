@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -168,6 +169,7 @@ def test_gc_removes_what_no_index_uses_and_nothing_else(photos: Path) -> None:
 
 @pytest.mark.slow
 def test_terminal_shows_model_device_road_and_where_it_writes(photos: Path) -> None:
+    write_photos(photos / "many", 600, seed=1000)
     parent, child = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "toolkit.cli", "build", "photos", *CHEAP_FLAGS],
@@ -187,4 +189,74 @@ def test_terminal_shows_model_device_road_and_where_it_writes(photos: Path) -> N
     assert process.wait(timeout=60) == 0
     for word in (b"64-d vectors of test_vit", b"device cpu", b"road local", b"writes to"):
         assert word in shown
-    assert b"found 10 = indexed 10" in shown
+    # The bar moves: it is not closed by the line above it.
+    assert re.search(rb"embed: +[1-9]\d*%", shown)
+    assert b"found 610 = indexed 610" in shown
+
+
+@pytest.mark.slow
+def test_left_out_files_are_named_by_their_rule_after_a_build(photos: Path) -> None:
+    (photos / "one.nef").write_bytes(b"raw")
+
+    done = run_cli("build", "photos", *CHEAP_FLAGS)
+
+    assert "left out: 1 RAW" in done.stdout
+
+
+@pytest.mark.slow
+def test_contact_sheet_is_written_though_a_hit_is_gone(photos: Path, tmp_path: Path) -> None:
+    odd = os.path.join(os.fsencode(photos), b"latin\xe9.jpg")
+    with open(odd, "wb") as file:
+        file.write(jpeg(seed=31337))
+    build_cli("photos")
+    files = sorted(photos.rglob("photo*.jpg"))
+    files[0].unlink()
+
+    done = run_cli("search", INDEX, files[1], "-k", "20", "--sheet", tmp_path / "sheet.any")
+
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "sheet.any").read_bytes().startswith(b"\x89PNG")
+    assert "latin\\xe9.jpg" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        (["--where", "holiday"], "'holiday/*'"),
+        (["-k", "0"], "x>=1"),
+    ],
+)
+def test_search_that_can_find_nothing_says_why(photos: Path, args: list[str], word: str) -> None:
+    build_cli("photos")
+
+    done = run_cli("search", INDEX, next(photos.rglob("*.jpg")), *args)
+
+    assert done.returncode == 2
+    assert word in done.stderr
+
+
+@pytest.mark.slow
+def test_query_that_is_no_picture_is_named_without_advice_for_datasets(
+    photos: Path, tmp_path: Path
+) -> None:
+    build_cli("photos")
+    (tmp_path / "notes.txt").write_text("a text")
+
+    text = run_cli("search", INDEX, tmp_path / "notes.txt")
+    folder = run_cli("search", INDEX, photos)
+
+    assert "not a picture" in text.stderr
+    assert "exclude" not in text.stderr
+    assert "is a folder" in folder.stderr
+
+
+def test_data_folder_that_cannot_be_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    write_photos(tmp_path / "few", 1)
+
+    done = run_cli("--data-dir", tmp_path / "file", "build", tmp_path / "few", *CHEAP_FLAGS)
+
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert str(tmp_path / "file") in done.stderr

@@ -9,7 +9,6 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -395,22 +394,17 @@ def test_file_that_shrinks_after_it_was_opened_is_no_error(
     catalog: sqlite3.Connection, root: Path
 ) -> None:
     path = root / "a.jpg"
-    stop = threading.Event()
-
-    def breathe() -> None:
-        while not stop.is_set():
-            for size in (LARGE, 1):
-                os.truncate(path, size)
-
     path.write_bytes(a_large())
-    breather = threading.Thread(target=breathe)
-    breather.start()
+    breathe = (
+        f"import os\nwhile True: os.truncate({str(path)!r}, 1), os.truncate({str(path)!r}, {LARGE})"
+    )
     failures = set()
-    for _ in range(40):
-        scanned(catalog, root)
-        failures |= {row.failure for row in rows(catalog).values()}
-    stop.set()
-    breather.join(timeout=10)
+
+    with subprocess.Popen([sys.executable, "-S", "-c", breathe]) as breather:
+        for _ in range(200):
+            scanned(catalog, root)
+            failures |= {row.failure for row in rows(catalog).values()}
+        breather.kill()
 
     assert failures == {None}
 

@@ -18,7 +18,8 @@ from toolkit.errors import DatasetError, SettingError
 from toolkit.images.datasets import Dataset, Source, list_datasets, resolve_sources
 from toolkit.images.walk import DEFAULT_EXCLUDES, Found, Rules, walk
 from toolkit.journal import find_run, list_runs
-from toolkit.pipeline import plan_build, runs_dir
+from toolkit.pipeline import plan_build
+from toolkit.places import runs_dir
 from toolkit.query import Query, embed_bytes, file_bytes
 from toolkit.request import BuildRequest, PlanReport
 from toolkit.search import Index, compare_indexes, published_names
@@ -186,12 +187,12 @@ def datasets() -> list[dict[str, Any]]:
 
 
 def embed(
-    images: Sequence[Query], *, model: str | None = None, **options: Any
+    images: Query | Sequence[Query], *, model: str | None = None, **options: Any
 ) -> NDArray[np.float32]:
     """Embed pictures without an index.
 
     Args:
-        images: Paths, PIL pictures or arrays of pixels.
+        images: Paths, PIL pictures or arrays of pixels; one alone will do.
         model: Any timm name.
         **options: What else names an encoder, as in :func:`build_index`.
 
@@ -203,7 +204,8 @@ def embed(
         ModelError: If there is no such model, or no weights.
     """
     settings = config.resolve(model=model)
-    pictures = [file_bytes(image) for image in images]
+    given: list[Any] = list(images) if isinstance(images, (list, tuple)) else [images]
+    pictures = [file_bytes(image) for image in given]
     request = EncoderRequest(model=settings.model, **options)
     return embed_bytes(pictures, request, settings)[0]
 
@@ -235,7 +237,9 @@ def _request(
     exclude: Sequence[str] = DEFAULT_EXCLUDES,
     limit: int | None = None,
     dtype: str = "f16",
-    **flags: bool,
+    retry_failed: bool = False,
+    replace: bool = False,
+    accept_changes: bool = False,
 ) -> tuple[BuildRequest, config.Settings]:
     """Resolve the settings and check every argument, before anything is touched."""
     settings = config.resolve(device=device, model=model, batch_size=batch_size)
@@ -257,7 +261,9 @@ def _request(
         limit=limit,
         dtype=dtype,
         distributed=distributed,
-        **flags,
+        retry_failed=retry_failed,
+        replace=replace,
+        accept_changes=accept_changes,
     )
     return request, settings
 
@@ -266,6 +272,8 @@ def _default_name(sources: Sequence[Source], settings: config.Settings) -> str:
     """The datasets' names joined by ``+``, and ``@model`` when that is not the default one."""
     if any(os.sep in source.name for source in sources):
         raise DatasetError("two datasets have the same name; give the index a name=")
+    if any(source.origin == "DataFrame" for source in sources):
+        raise DatasetError("a DataFrame has no name; give the index a name=")
     name = "+".join(source.name for source in sources)
     if settings.model != config.Settings().model:
         name += f"@{settings.model}"

@@ -29,7 +29,9 @@ CREATE TABLE IF NOT EXISTS files(
     path BLOB PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
     ctime_ns INTEGER NOT NULL, inode INTEGER NOT NULL, seen_ns INTEGER NOT NULL,
     probe BLOB, image_key BLOB) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS files_by_probe ON files(probe);
+-- Every content that was ever read whole, by its probe; a file that changes back is known.
+CREATE TABLE IF NOT EXISTS probes(
+    probe BLOB NOT NULL, image_key BLOB NOT NULL, PRIMARY KEY(probe, image_key)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS images(
     image_key BLOB PRIMARY KEY, width INTEGER NOT NULL, height INTEGER NOT NULL,
     format TEXT NOT NULL) WITHOUT ROWID;
@@ -42,10 +44,11 @@ CREATE TABLE IF NOT EXISTS segments(
 CREATE TABLE IF NOT EXISTS vectors(
     encoder_id INTEGER NOT NULL, image_key BLOB NOT NULL, segment_id INTEGER NOT NULL,
     row INTEGER NOT NULL, PRIMARY KEY(encoder_id, image_key)) WITHOUT ROWID;
--- Content that will never be a picture under this decode recipe.
+-- Content that will never be a picture under this decode recipe and limit of pixels.
 CREATE TABLE IF NOT EXISTS failures(
-    image_key BLOB NOT NULL, decode_version INTEGER NOT NULL, kind TEXT NOT NULL,
-    reason TEXT NOT NULL, PRIMARY KEY(image_key, decode_version)) WITHOUT ROWID;
+    image_key BLOB NOT NULL, decode_version INTEGER NOT NULL, max_pixels INTEGER NOT NULL,
+    kind TEXT NOT NULL, reason TEXT NOT NULL,
+    PRIMARY KEY(image_key, decode_version)) WITHOUT ROWID;
 """
 
 

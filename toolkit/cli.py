@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -42,10 +42,17 @@ class _Cli(click.Group):
         except ToolkitError as error:
             click.echo(f"error: {error}", err=True)
             sys.exit(2 if isinstance(error, UsageError) else 1)
-        except BrokenPipeError:
-            # Whoever read our output (`| head`) has seen enough.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):
+                _end_quietly()
+            click.echo(f"error: {error.strerror}: {error.filename}", err=True)
             sys.exit(1)
+
+
+def _end_quietly() -> NoReturn:
+    """Whoever read our output (``| head``) has seen enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
 
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
@@ -165,6 +172,8 @@ def build(
             _print_json(api.attach(error.run_id).record.summary())
         raise
     _print_run(run, as_json)
+    if detach and not as_json:
+        click.echo(f"watch it: toolkit attach {run.run_id}; stop it: toolkit cancel {run.run_id}")
     return 1 if run.state == "held" else 0
 
 
@@ -414,7 +423,9 @@ def _print_rows(
 def _cell(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return ",".join(map(str, value)) or "-"
-    return "-" if value is None else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "-" if value is None else display.one_line(str(value))
 
 
 def _print_json(value: object) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import platformdirs
 
-from toolkit.errors import SettingError
+from toolkit.errors import SettingError, UnknownSettingError
 from toolkit.machine import usable_cpus
 
 #: Name of the settings file, looked for in the working directory and its parents.
@@ -267,7 +267,7 @@ def _field(name: str, source: str) -> dataclasses.Field[Any]:
     if field is None:
         names = [*_FIELDS, *_BY_ENV]
         close = difflib.get_close_matches(name, names, n=1) or ["one of " + ", ".join(_FIELDS)]
-        raise SettingError(name, "", f"a setting that exists: {close[0]}", source)
+        raise UnknownSettingError(name, None, close[0], source)
     return field
 
 
@@ -281,4 +281,5 @@ def _parse(field: dataclasses.Field[Any], name: str, value: object, source: str)
 def as_environment(settings: Settings) -> dict[str, str]:
     """The settings as environment variables, for a process that this one starts."""
     values = {env: getattr(settings, field.name) for env, field in _BY_ENV.items()}
-    return {env: str(value) for env, value in values.items() if value is not None}
+    # An empty variable is no setting, so that what is unset here is unset there.
+    return {env: "" if value is None else str(value) for env, value in values.items()}

@@ -37,4 +37,4 @@ def run(photo: str) -> Shown:
     build = api.build_index(PHOTOS, name=INDEX, model=MODEL, distributed=False)
     hits = build.index.search(query, k=9)
     sheet = config.resolve().data_dir / "demo.png"
-    return Shown(query, hits, write_contact_sheet(str(query), hits, sheet))
+    return Shown(query, hits, write_contact_sheet(query, hits, sheet))

@@ -84,14 +84,13 @@ class _Terminal:
 
         if record.road and not self._has_header:
             self._has_header = True
-            self._close()
             tqdm.write(header(record), file=sys.stderr)
         if record.stage != self._stage:
             self._close()
             self._stage = record.stage
             if record.stage and self._has_bars:
                 total = record.total or None
-                self._bar = tqdm(desc=f"{record.stage:<7}", total=total, unit=" images")
+                self._bar = tqdm(desc=record.stage, total=total, unit=" images", leave=False)
         if self._bar is not None:
             self._bar.total = record.total or None
             self._bar.update(record.done - self._bar.n)
@@ -145,6 +144,9 @@ def books_text(record: RunRecord) -> str:
     ]
     if books.kept:
         parts.append(f"{books.kept:,} unreadable now, old vectors kept")
+    if record.excluded_by:
+        rules = sorted(record.excluded_by.items())
+        parts.append("left out: " + ", ".join(f"{n:,} {rule}" for rule, n in rules))
     return "; ".join(parts)
 
 
@@ -188,7 +190,9 @@ def _recall_text(record: RunRecord) -> str:
 
 def hits_text(hits: Hits) -> str:
     """Hits in a terminal."""
-    lines = [f"{hit.rank:>4}  {hit.score:.4f}  {hit.path}{_more(hit.paths)}" for hit in hits]
+    lines = [
+        f"{hit.rank:>4}  {hit.score:.4f}  {one_line(hit.path)}{_more(hit.paths)}" for hit in hits
+    ]
     return "\n".join(lines) or "no hits"
 
 
@@ -200,7 +204,7 @@ def hits_html(hits: Hits) -> str:
     )
     cells = [
         f'<div style="{style}" title="{escape(hit.path)}">'
-        f"{thumbnail_html(hit.path)}<br>{hit.rank} · {hit.score:.3f}<br>"
+        f"{thumbnail_html(hit.file)}<br>{hit.rank} · {hit.score:.3f}<br>"
         f"{escape(os.path.basename(hit.path))}{_more(hit.paths)}</div>"
         for hit in hits
     ]
@@ -226,19 +230,27 @@ def table_html(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def thumbnail_html(path: str) -> str:
+def one_line(text: str) -> str:
+    """A text on one line: control characters as backslash escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def thumbnail_html(path: bytes) -> str:
     """A picture as an inline JPEG, or a word that says why there is none."""
-    from toolkit.images.decode import decode, read_file  # deferred: needs Pillow
+    # Deferred: they need Pillow and numpy, which `toolkit --help` does not.
+    from toolkit.images.decode import decode, read_file
+    from toolkit.records import show_path
 
     try:
-        picture = decode(read_file(os.fsencode(path))[0]).rgb
+        picture = decode(read_file(path)[0]).rgb
     except ImageError as error:
         return f"<i>{escape(type(error).__name__)}</i>"
     picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=80)
     data = base64.b64encode(file.getvalue()).decode()
-    return f'<img alt="{escape(os.path.basename(path))}" src="data:image/jpeg;base64,{data}">'
+    name = escape(show_path(os.path.basename(path)))
+    return f'<img alt="{name}" src="data:image/jpeg;base64,{data}">'
 
 
 def _more(paths: Sequence[str]) -> str:

@@ -29,7 +29,8 @@ from toolkit.journal import (
     RunView,
     new_run_id,
 )
-from toolkit.pipeline import run_build, runs_dir
+from toolkit.pipeline import run_build
+from toolkit.places import runs_dir
 from toolkit.request import BuildRequest
 from toolkit.search import Index
 
@@ -90,7 +91,13 @@ class Build:
         return Index.open(self.record.index, self._settings)
 
     def cancel(self) -> None:
-        """Ask it to stop; what is embedded by then is kept."""
+        """Ask it to stop; what is embedded by then is kept.
+
+        Raises:
+            RunNotFoundError: If it has ended already.
+        """
+        if not (state := self.state).is_live:
+            raise RunNotFoundError(f"run {self.run_id} is {state}: there is nothing to stop")
         self._view.request_cancel()
 
     def wait(self, timeout_s: float | None = None) -> Build:
@@ -112,7 +119,9 @@ class Build:
         return self
 
     def publish(self) -> Build:
-        """Release a held build: build again, accepting what the guard found.
+        """Release a held build: build again, accepting losses as large as those it found.
+
+        Should more be lost by now, the new build is held in its turn.
 
         Raises:
             RunNotFoundError: If it is not held.
@@ -121,7 +130,9 @@ class Build:
         if record.state is not RunState.HELD:
             raise RunNotFoundError(f"run {self.run_id} is {record.state}, not held")
         request = BuildRequest.from_json(record.request)
-        return run_here(dataclasses.replace(request, accept_changes=True), self._settings)
+        removed, failing = record.losses or (0, 0)
+        accepted = dataclasses.replace(request, accept_losses=(removed, failing))
+        return run_here(accepted, self._settings)
 
     def logs(self) -> str:
         """The run's log."""
@@ -175,12 +186,15 @@ def detach(request: BuildRequest, settings: config.Settings) -> Build:
     deadline = time.monotonic() + DETACH_TIMEOUT_S
     while build.state is RunState.QUEUED:
         if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
             raise BuildFailedError(
                 f"the process of run {build.run_id} did not start; see its log: "
                 f"{folder / 'run.log'}",
                 build.run_id,
             )
         time.sleep(0.05)  # a file is polled: the other process has no other way to tell
+    # What is wrong with the call shows at once; later ends are told by whoever waits.
+    _raise_if_failed(build.record)
     return build
 
 

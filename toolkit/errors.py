@@ -5,6 +5,7 @@ The tree::
     ToolkitError
     ├── UsageError                  the caller asked for something that cannot be
     │   ├── SettingError            a setting has a value that is not allowed
+    │   │   └── UnknownSettingError
     │   ├── DatasetError            a dataset is missing, empty or named twice
     │   ├── ModelError              a model is unknown or its weights are not at hand
     │   │   └── WeightsNotFoundError
@@ -65,6 +66,13 @@ class SettingError(UsageError):
         return f"{self.name}={self.value!r} (from {self.source}) is not allowed; use {self.allowed}"
 
 
+class UnknownSettingError(SettingError):
+    """A setting that does not exist; ``allowed`` names what may have been meant."""
+
+    def __str__(self) -> str:
+        return f"there is no setting {self.name!r} (from {self.source}); use {self.allowed}"
+
+
 class DatasetError(UsageError):
     """A dataset is missing, empty, or cannot be told from another one."""
 
@@ -89,8 +97,8 @@ class WeightsNotFoundError(ModelError):
         return (
             f"no weights at hand for {self.model!r} ({self.reason}); "
             f"fetch them once with `toolkit model pull {self.model}` on a machine that reaches "
-            "the hub, give a local folder or file with checkpoint_path=, or ask for random "
-            "weights with pretrained=False"
+            "the hub, give a folder or file with checkpoint_path= (--checkpoint-path), or ask for "
+            "random weights with pretrained=False (--random-weights)"
         )
 
 

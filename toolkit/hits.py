@@ -24,6 +24,8 @@ class Hit:
         paths: Every file with this content.
         label: Label of the first file.
         key: Row in the index.
+        file: Path of the first file as the file system has it: ``path`` is for people, and
+            names that are not text do not open by it.
     """
 
     rank: int
@@ -33,6 +35,7 @@ class Hit:
     paths: tuple[str, ...]
     label: str
     key: int
+    file: bytes
 
     def to_json(self) -> dict[str, Any]:
         """The keys that ``--json`` promises."""
@@ -65,7 +68,7 @@ class Hits(Sequence[Hit]):
         return iter(self._hits)
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row per hit: rank, score, path, dataset, paths, label, key."""
+        """A row per hit: rank, score, path, dataset, paths, label, key, file."""
         import pandas as pd  # deferred: `import toolkit` is to take less than 0.3 s
 
         columns = [field.name for field in dataclasses.fields(Hit)]

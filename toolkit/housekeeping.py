@@ -14,10 +14,8 @@ from toolkit.dispatch.local import warm_executor
 from toolkit.embedding.collect import collect_unused
 from toolkit.embedding.spec import EncoderRequest, EncoderSpec
 from toolkit.embedding.store import usage
-from toolkit.errors import BuildInProgressError
 from toolkit.interchange import export_version, import_folder
-from toolkit.journal import RunState, RunView, list_runs
-from toolkit.pipeline import runs_dir
+from toolkit.places import data_in_use
 from toolkit.search import Index, published_names
 
 
@@ -70,12 +68,10 @@ def store_gc() -> dict[str, int]:
         BuildInProgressError: If a build is live: its vectors are not in an index yet.
     """
     settings = config.resolve()
-    for run in map(RunView.record, list_runs(runs_dir(settings.data_dir))):
-        if run.state is RunState.RUNNING:
-            raise BuildInProgressError(
-                f"run {run.run_id} is building; wait for it, or cancel it", run.run_id
-            )
-    with contextlib.closing(open_catalog(settings.data_dir)) as catalog:
+    with (
+        data_in_use(settings.data_dir, alone=True),
+        contextlib.closing(open_catalog(settings.data_dir)) as catalog,
+    ):
         return collect_unused(catalog, settings.data_dir, _used(settings))._asdict()
 
 

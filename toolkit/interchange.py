@@ -26,7 +26,7 @@ from toolkit.images.decode import DECODE_VERSION
 from toolkit.index.build import publish, write_version
 from toolkit.index.items import Copy, ItemRow
 from toolkit.index.version import IndexVersion
-from toolkit.pipeline import index_dir
+from toolkit.places import index_dir
 from toolkit.records import Embedded, Outcome, show_path
 
 #: Rows of one file, as clip-retrieval writes them.
@@ -79,7 +79,7 @@ def import_folder(folder: Path, name: str, settings: Settings, *, replace: bool)
     """
     target = index_dir(settings.data_dir, name)
     if (target / "CURRENT").exists() and not replace:
-        raise IndexConflictError(name, "is not this import")
+        raise IndexConflictError(name, "would be replaced by the import")
     parts = list(_parts(folder))
     dim = parts[0].vectors.shape[1]
     spec, request = _encoder(folder, dim)

@@ -26,7 +26,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from toolkit.errors import AccountingError, RunError, RunNotFoundError
+from toolkit.errors import AccountingError, RunError, RunNotFoundError, StorageError
 from toolkit.machine import mapped_write
 
 #: Runs kept on disk; older ones that have ended are removed when a new one starts.
@@ -102,7 +102,7 @@ class Progress:
 
     Attributes:
         state: What it is doing or how it ended.
-        stage: ``scan``, ``embed``, ``index``, ``publish`` or empty.
+        stage: ``scan``, ``load`` (the model), ``embed``, ``index``, ``publish`` or empty.
         done: Images done in this stage.
         total: Where that is heading, 0 when unknown.
         rate: Images per second since the stage began, 0 when unknown.
@@ -126,7 +126,7 @@ class RunRecord:
         index: Name of the index.
         state: See :class:`RunState`.
         request: The call, as JSON, so that it can be made again.
-        stage: ``scan``, ``embed``, ``index``, ``publish`` or empty.
+        stage: ``scan``, ``load`` (the model), ``embed``, ``index``, ``publish`` or empty.
         done: Progress within the stage, in ``unit``.
         total: Where ``done`` is heading, 0 when unknown.
         stage_started: Seconds since the epoch.
@@ -145,6 +145,7 @@ class RunRecord:
         moves: When work moved from one road to another, and why.
         fallback_reason: The first reason for not using workers, or ``None``.
         recall_at_10: Of the published index, or ``None``.
+        losses: When held: images that would be removed, and files that newly fail.
         error: One sentence when it failed or was held.
     """
 
@@ -172,6 +173,7 @@ class RunRecord:
     moves: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     fallback_reason: str | None = None
     recall_at_10: float | None = None
+    losses: tuple[int, int] | None = None
     error: str | None = None
 
     @property
@@ -241,12 +243,16 @@ class RunJournal:
 
     Raises:
         RunError: If another process drives this run.
+        StorageError: If its folder cannot be made.
     """
 
     def __init__(self, runs_dir: Path, record: RunRecord, sinks: Iterable[Sink] = ()) -> None:
         self.record = record
         self.folder = runs_dir / record.run_id
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot use {self.folder}: {error.strerror}") from error
         self._sinks = tuple(sinks)
         # A reader that asks whether we live holds the lock for an instant: wait that long.
         self._lock = FileLock(self.folder / "owner.lock", timeout=2)

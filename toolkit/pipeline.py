@@ -14,9 +14,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
-
-from filelock import FileLock, Timeout
 
 from toolkit.catalog import open_catalog, transaction
 from toolkit.config import Settings
@@ -29,7 +26,6 @@ from toolkit.embedding.weights import find_weights
 from toolkit.errors import (
     BuildFailedError,
     BuildHeldError,
-    BuildInProgressError,
     DamagedIndexError,
     DiskFullError,
     ExecutorUnavailableError,
@@ -46,7 +42,8 @@ from toolkit.index.build import publish, write_version
 from toolkit.index.version import IndexVersion, open_current
 from toolkit.journal import RunJournal, RunState, list_runs
 from toolkit.machine import free_bytes
-from toolkit.planning import Plan
+from toolkit.places import data_in_use, index_dir, index_lock, runs_dir
+from toolkit.planning import Losses, Plan
 from toolkit.records import Failed, FailureKind, Item, Outcome
 from toolkit.request import BuildRequest, PlanReport
 
@@ -66,16 +63,6 @@ _DTYPE_BYTES = {"f32": 4, "f16": 2, "i8": 1}
 _ROW_BYTES = 600
 
 
-def index_dir(data_dir: Path, name: str) -> Path:
-    """Folder of an index; any name becomes a name that every file system takes."""
-    return data_dir / "indexes" / quote(name, safe="+@ ,()[]=", errors="surrogateescape")
-
-
-def runs_dir(data_dir: Path) -> Path:
-    """Folder of all runs."""
-    return data_dir / "runs"
-
-
 def known_spec(request: EncoderRequest, data_dir: Path) -> EncoderSpec | None:
     """The encoder that a request means, if that is known without loading a model."""
     return SpecCache(data_dir / "specs").get(request, find_weights(request, data_dir))
@@ -86,6 +73,7 @@ def plan_build(request: BuildRequest, settings: Settings) -> PlanReport:
 
     Raises:
         DatasetError: If a dataset is missing.
+        DiskFullError: If there is no room for what the build would write.
         IndexConflictError: If the name is taken by another index.
     """
     spec = known_spec(request.encoder, settings.data_dir)
@@ -96,7 +84,9 @@ def plan_build(request: BuildRequest, settings: Settings) -> PlanReport:
         build.check_conflict(spec)
         build.scan_files()
         with build.planned(spec) as plan:
-            return build.report(plan, spec)
+            report = build.report(plan, spec)
+        build.check_space(report)
+        return report
 
 
 def run_build(request: BuildRequest, settings: Settings, journal: RunJournal) -> None:
@@ -114,7 +104,8 @@ def run_build(request: BuildRequest, settings: Settings, journal: RunJournal) ->
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (
-            _index_lock(folder, journal),
+            index_lock(folder, request.name, journal.record.run_id),
+            data_in_use(settings.data_dir),
             contextlib.closing(open_catalog(settings.data_dir)) as catalog,
         ):
             journal.record.state, journal.record.folder = RunState.RUNNING, str(folder)
@@ -137,23 +128,6 @@ def _state_after(error: BaseException) -> RunState:
         case KeyboardInterrupt():
             return RunState.INTERRUPTED
     return RunState.FAILED
-
-
-@contextlib.contextmanager
-def _index_lock(folder: Path, journal: RunJournal) -> Iterator[None]:
-    lock, note = FileLock(folder / "build.lock", timeout=0), folder / "build.run"
-    try:
-        lock.acquire()
-    except Timeout:
-        other = note.read_text() if note.exists() else "another run"
-        raise BuildInProgressError(
-            f"index {journal.record.index!r} is being built by run {other}; wait for it "
-            f"(`toolkit attach {other}`) or stop it (`toolkit cancel {other}`)",
-            other,
-        ) from None
-    with lock:
-        note.write_text(journal.record.run_id)
-        yield
 
 
 class _Build:
@@ -193,6 +167,7 @@ class _Build:
         journal.record.excluded_by = dict(self._scan.excluded)
         if spec is None:
             # The model says what it is; it loads once, and the build goes on with it.
+            journal.stage("load")
             with warm_executor(request.encoder, self._settings) as executor:
                 spec = executor.start()
             self.check_conflict(spec)
@@ -200,11 +175,15 @@ class _Build:
         with self.planned(spec) as plan:
             with transaction(self._db):
                 self._scan.remember()
+                if request.retry_failed:
+                    plan.forget_failures()
             report = self.report(plan, spec)
+            journal.record.accounting = plan.accounting(0, report.reused)
             journal.event("plan", **dataclasses.asdict(report))
-            self._check_space(report)
+            logger.info("run %s: %s", journal.record.run_id, report)
+            self.check_space(report)
             self._embed(plan, spec, report.to_embed)
-            plan.apply_failures()
+            self._stop_if_cancelled()
             self._close_books(plan, report)
             self._publish(plan, spec)
 
@@ -241,6 +220,7 @@ class _Build:
             self._scan,
             encoder_id=store.encoder_id if store else -1,
             decode_version=DECODE_VERSION,
+            max_pixels=self._settings.max_pixels,
             previous_items=self._previous.items_path if keeps and self._previous else None,
         )
         try:
@@ -265,41 +245,57 @@ class _Build:
             seconds=n / rate if rate else None,
             needed_bytes=n * dim * 4 + (n + reused) * row,
             free_bytes=free_bytes(self._settings.data_dir),
-            held=plan.losses(),
+            held=self._losses(plan).reason(),
         )
 
-    def _check_space(self, report: PlanReport) -> None:
+    def _losses(self, plan: Plan) -> Losses:
+        """What publishing would cost; files that were unreadable before are no news."""
+        known = 0
+        if self._previous is not None:
+            known = self._previous.manifest["extra"].get("accounting", {}).get("kept", 0)
+        return plan.losses(known)
+
+    def check_space(self, report: PlanReport) -> None:
         if report.free_bytes < SPACE_MARGIN * report.needed_bytes:
             where = str(self._settings.data_dir)
             raise DiskFullError(where, int(SPACE_MARGIN * report.needed_bytes), report.free_bytes)
 
     def _embed(self, plan: Plan, spec: EncoderSpec, total: int) -> None:
-        self._journal.stage("embed", total)
         if not total:
             return
-        started = time.monotonic()
         store = VectorStore(self._db, self._settings.data_dir, spec)
         with (
             warm_executor(self._request.encoder, self._settings) as executor,
             store.writer(self._journal.record.run_id) as writer,
         ):
-            self._announce(executor)
+            self._announce(executor, spec, total)
             # Again until nothing is left: a file that changed under the build, or whose copy
             # failed, comes back with what is known of it now.
             while plan.n_to_embed():
                 self._dispatch(plan, executor, store, writer, spec)
-        self._journal.record.embed_seconds = time.monotonic() - started
+                # What one file was found to be, its copies are as well.
+                plan.apply_failures()
 
-    def _announce(self, executor: LocalExecutor) -> None:
+    def _announce(self, executor: LocalExecutor, spec: EncoderSpec, total: int) -> None:
         if self._request.distributed == "require":
             raise ExecutorUnavailableError(f"{NO_WORKERS}; build without --require-workers")
-        executor.start()
+        self._journal.stage("load")
+        if executor.start().fingerprint != spec.fingerprint:
+            raise BuildFailedError(
+                f"the weights of {self._request.encoder.model} changed while the build began; "
+                "build again",
+                self._journal.record.run_id,
+            )
         if self._request.distributed:
             self._journal.record.fallback_reason = NO_WORKERS
         self._journal.record.road = executor.road
         self._journal.record.device = executor.device
         self._journal.event("road", road=executor.road, device=executor.device)
-        self._journal.write()
+        logger.info(
+            "run %s embeds on the road %s, device %s",
+            *(self._journal.record.run_id, executor.road, executor.device),
+        )
+        self._journal.stage("embed", total)
 
     def _dispatch(
         self,
@@ -320,10 +316,22 @@ class _Build:
             point("after-embed")
             self._store(plan, writer, outcome)
             journal.record.batches[executor.road] += 1
-            journal.record.accounting = dataclasses.replace(
-                journal.record.accounting, embedded=self._embedded
-            )
-            journal.progress(journal.record.done + len(outcome.embedded) + len(outcome.failed))
+            self._tell(len(outcome.embedded), len(outcome.failed))
+
+    def _tell(self, n_embedded: int, n_failed: int) -> None:
+        """The books while they are open: what has a vector counts as indexed."""
+        record = self._journal.record
+        books = record.accounting
+        books.embedded = self._embedded
+        books.pending -= n_embedded + n_failed
+        books.indexed += n_embedded
+        books.failed += n_failed
+        record.embed_seconds = time.time() - record.stage_started
+        self._journal.progress(record.done + n_embedded + n_failed)
+
+    def _stop_if_cancelled(self) -> None:
+        if self._journal.is_cancelled:
+            raise RunCancelledError("the run was cancelled", self._journal.record.run_id)
 
     def _wanted(self, plan: Plan, store: VectorStore) -> Iterator[Item]:
         """What is to embed, less what another build has stored in the meantime."""
@@ -337,7 +345,7 @@ class _Build:
         point("before-commit")
         with transaction(self._db):
             outcome = dataclasses.replace(outcome, failed=failed)
-            writer.record(outcome, first, DECODE_VERSION)
+            writer.record(outcome, first, DECODE_VERSION, self._settings.max_pixels)
             for embedded in outcome.embedded:
                 self._scan.identify(embedded.item_id, embedded.key, embedded.stat)
             for failure in failed:
@@ -371,10 +379,13 @@ class _Build:
         books.check(journal.record.run_id)
         if self._request.accept_changes and self._previous is not None:
             return
-        losses = plan.losses()
-        if losses:
+        losses = self._losses(plan)
+        if losses.within(self._request.accept_losses):
+            return
+        if reason := losses.reason():
+            journal.record.losses = losses.removed, losses.failing
             raise BuildHeldError(
-                f"index {name!r} is held, nothing was published: {losses}. If a disk is not "
+                f"index {name!r} is held, nothing was published: {reason}. If a disk is not "
                 "mounted, mount it and build again; if this is right, build again with "
                 "accept_changes=True (--accept-changes)",
                 journal.record.run_id,
@@ -411,8 +422,10 @@ class _Build:
             threads=self._settings.threads,
             progress=lambda step, done, total: journal.progress(done, total),
         )
+        self._stop_if_cancelled()
         journal.stage("publish", n)
         publish(self._folder, version)
+        logger.info("run %s published %d images as %s", journal.record.run_id, n, version)
         with open_current(self._folder) as published:
             journal.record.recall_at_10 = published.manifest["recall_at_10"]
 

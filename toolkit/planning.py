@@ -63,6 +63,39 @@ class Changes:
     deleted: int = 0
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Losses:
+    """What publishing a build would cost the published index.
+
+    Attributes:
+        n_items: Images of the published index.
+        n_files: Their files.
+        removed: Images of which no file would be left.
+        failing: Published files that newly cannot be read.
+    """
+
+    n_items: int
+    n_files: int
+    removed: int
+    failing: int
+
+    def reason(self) -> str | None:
+        """Why the guard should hold the build, or ``None``."""
+        if self.removed > MAX_REMOVED * self.n_items:
+            return (
+                f"{self.removed} of the {self.n_items} images of the published index would be gone"
+            )
+        if self.failing > MAX_NEWLY_FAILED * self.n_files:
+            return f"{self.failing} of the {self.n_files} published files cannot be read any more"
+        return None
+
+    def within(self, accepted: tuple[int, int] | None) -> bool:
+        """Whether somebody has accepted losses (removed, failing) as large as these."""
+        return accepted is not None and (
+            self.removed <= accepted[0] and self.failing <= accepted[1]
+        )
+
+
 class Plan:
     """What one build has to do.
 
@@ -71,6 +104,7 @@ class Plan:
         scan: The files, already run.
         encoder_id: Number of the encoder in the catalog; ``-1`` when nothing of it is stored.
         decode_version: Version of the decode recipe, for failures that are remembered.
+        max_pixels: Limit of pixels; what failed under a lower one is tried again.
         previous_items: ``items.sqlite`` of the published version, or ``None``.
     """
 
@@ -81,11 +115,12 @@ class Plan:
         *,
         encoder_id: int,
         decode_version: int,
+        max_pixels: int,
         previous_items: Path | None,
     ) -> None:
         self._db, self._scan = catalog, scan
         self._encoder = {"encoder": encoder_id}
-        self._decode_version = decode_version
+        self._recipe = {"version": decode_version, "pixels": max_pixels}
         if ("prev",) in self._db.execute("SELECT name FROM pragma_database_list").fetchall():
             self._db.execute("DETACH DATABASE prev")
         self._db.execute("ATTACH DATABASE ? AS prev", (str(previous_items or ":memory:"),))
@@ -110,8 +145,15 @@ class Plan:
         self._db.execute(
             "UPDATE temp.scan SET failure = f.kind, reason = f.reason FROM failures AS f"
             " WHERE f.image_key = scan.image_key AND f.decode_version = :version"
+            " AND f.max_pixels >= :pixels"
             f" AND scan.failure IS NULL AND NOT {_HAS_VECTOR}",
-            {"version": self._decode_version, **self._encoder},
+            {**self._recipe, **self._encoder},
+        )
+
+    def forget_failures(self) -> None:
+        """Forget what is known to fail among these files; call inside a transaction."""
+        self._db.execute(
+            "DELETE FROM failures WHERE image_key IN (SELECT image_key FROM temp.scan)"
         )
 
     def keep(self, item_id: int) -> None:
@@ -164,22 +206,23 @@ class Plan:
     def to_embed(self) -> Iterator[Item]:
         """One item for every content that needs a vector, in the order of the index."""
         self._db.execute("DROP TABLE IF EXISTS temp.todo")
-        # A table of its own: the scan is written to while this is read.
+        # A table of its own, numbered: the scan is written to while this is read by pages.
+        self._db.execute("CREATE TEMP TABLE todo(place INTEGER PRIMARY KEY, id INTEGER)")
         self._db.execute(
-            "CREATE TEMP TABLE todo AS SELECT min(id) AS id FROM temp.scan"
-            f" WHERE {self._todo} GROUP BY {_SAME}",
+            "INSERT INTO temp.todo(id) SELECT s.id FROM temp.scan AS s JOIN (SELECT min(id) AS id"
+            f" FROM temp.scan WHERE {self._todo} GROUP BY {_SAME}) AS t USING (id)"
+            " ORDER BY s.source, s.path",
             self._encoder,
         )
-        last = (-1, b"")
+        last = 0
         query = (
-            "SELECT s.source, s.path, s.id, s.size, s.image_key FROM temp.todo AS t"
-            " JOIN temp.scan AS s ON s.id = t.id WHERE (s.source, s.path) > (?, ?)"
-            " ORDER BY s.source, s.path LIMIT ?"
+            "SELECT t.place, s.id, s.path, s.size, s.image_key FROM temp.todo AS t"
+            " JOIN temp.scan AS s USING (id) WHERE t.place > ? ORDER BY t.place LIMIT ?"
         )
-        while rows := self._db.execute(query, (*last, _CHUNK)).fetchall():
-            for _, path, item_id, size, key in rows:
+        while rows := self._db.execute(query, (last, _CHUNK)).fetchall():
+            for _, item_id, path, size, key in rows:
                 yield Item(item_id, path, size, key)
-            last = rows[-1][:2]
+            last = rows[-1][0]
 
     @property
     def _todo(self) -> str:
@@ -216,27 +259,27 @@ class Plan:
                 "dataset": self._scan.sources[source].name,
             }
 
-    def losses(self) -> str | None:
-        """Why the guard should hold this build, or ``None``."""
-        n_items = self._scalar("SELECT count(*) FROM prev.items")
-        n_files = self._scalar("SELECT count(*) FROM prev.copies")
-        if not n_items:
-            return None
-        removed = self._scalar(
-            "SELECT count(*) FROM prev.items AS i"
-            f" WHERE i.image_key NOT IN (SELECT image_key FROM temp.scan WHERE {_GOOD} AND"
-            " image_key IS NOT NULL) AND NOT EXISTS (SELECT 1 FROM prev.copies AS c"
-            f" JOIN temp.scan AS s ON s.path = c.path WHERE c.key = i.key AND {_GOOD})"
+    def losses(self, known_failing: int = 0) -> Losses:
+        """What publishing would cost the published index.
+
+        Args:
+            known_failing: Files that could not be read when it was published.
+        """
+        return Losses(
+            n_items=self._scalar("SELECT count(*) FROM prev.items"),
+            n_files=self._scalar("SELECT count(*) FROM prev.copies"),
+            removed=self._scalar(
+                "SELECT count(*) FROM prev.items AS i"
+                f" WHERE i.image_key NOT IN (SELECT image_key FROM temp.scan WHERE {_GOOD} AND"
+                " image_key IS NOT NULL) AND NOT EXISTS (SELECT 1 FROM prev.copies AS c"
+                f" JOIN temp.scan AS s ON s.path = c.path WHERE c.key = i.key AND {_GOOD})"
+            ),
+            failing=self._scalar(
+                "SELECT count(*) FROM prev.copies WHERE path IN"
+                " (SELECT path FROM temp.scan WHERE failure IS NOT NULL)"
+            )
+            - known_failing,
         )
-        failing = self._scalar(
-            "SELECT count(*) FROM prev.copies WHERE path IN"
-            " (SELECT path FROM temp.scan WHERE failure IS NOT NULL)"
-        )
-        if removed > MAX_REMOVED * n_items:
-            return f"{removed} of the {n_items} images of the published index would be gone"
-        if failing > MAX_NEWLY_FAILED * n_files:
-            return f"{failing} of the {n_files} published files cannot be read any more"
-        return None
 
     def rank(self) -> tuple[int, str]:
         """Fix the order of the item table; its length and a digest of its content.

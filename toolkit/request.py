@@ -26,6 +26,7 @@ class BuildRequest:
         retry_failed: Try again what is known to be no picture.
         replace: Build anew over an index with other sources or another encoder.
         accept_changes: Publish whatever the guard would hold.
+        accept_losses: Publish losses up to these: images removed, files failing.
         distributed: ``True``: workers if they work; ``False``: local; ``"require"``: workers.
     """
 
@@ -39,6 +40,7 @@ class BuildRequest:
     retry_failed: bool = False
     replace: bool = False
     accept_changes: bool = False
+    accept_losses: tuple[int, int] | None = None
     distributed: bool | str = True
 
     def to_json(self) -> dict[str, Any]:
@@ -57,6 +59,7 @@ class BuildRequest:
                 "encoder": EncoderRequest.from_json(value["encoder"]),
                 "include": tuple(value["include"]),
                 "exclude": tuple(value["exclude"]),
+                "accept_losses": tuple(value["accept_losses"] or ()) or None,
             }
         )
 

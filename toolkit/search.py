@@ -18,8 +18,10 @@ from toolkit.errors import EncoderMismatchError, IndexNotFoundError, QueryError
 from toolkit.hits import Hit, Hits
 from toolkit.images.decode import image_key
 from toolkit.index import curate, quality
+from toolkit.index.items import ItemRow
 from toolkit.index.version import IndexVersion, open_current
-from toolkit.pipeline import index_dir, last_rate
+from toolkit.pipeline import last_rate
+from toolkit.places import index_dir
 from toolkit.query import Query, embed_bytes, file_bytes
 from toolkit.records import show_path
 
@@ -38,7 +40,8 @@ class Index:
     """
 
     def __init__(self, name: str, version: IndexVersion, settings: Settings) -> None:
-        self.name, self._version, self._settings = name, version, settings
+        self.name, self._settings = name, settings
+        self._open_version: IndexVersion | None = version
 
     @classmethod
     def open(cls, name: str, settings: Settings) -> Index:
@@ -51,7 +54,9 @@ class Index:
 
     def close(self) -> None:
         """Let go of the version; it may be removed then, once a newer one is published."""
-        self._version.close()
+        if self._open_version is not None:
+            self._open_version.close()
+            self._open_version = None
 
     def __enter__(self) -> Index:
         return self
@@ -65,37 +70,43 @@ class Index:
         self.close()
 
     def __len__(self) -> int:
-        return self._version.n
+        return self.version.n
 
     @property
     def version(self) -> IndexVersion:
-        """The published version it opened."""
-        return self._version
+        """The published version it opened.
+
+        Raises:
+            QueryError: From here and from whatever needs it, once the index is closed.
+        """
+        if self._open_version is None:
+            raise QueryError(f"index {self.name!r} is closed; open it again")
+        return self._open_version
 
     @property
     def dim(self) -> int:
         """Components of a vector."""
-        return self._version.dim
+        return self.version.dim
 
     @property
     def encoder(self) -> EncoderSpec:
         """The encoder whose vectors it holds."""
-        return EncoderSpec.from_json(self._version.manifest["encoder"]["spec"])
+        return EncoderSpec.from_json(self.version.manifest["encoder"]["spec"])
 
     @property
     def manifest(self) -> dict[str, Any]:
         """What was written beside it: counts, accounting, measured recall, versions."""
-        return dict(self._version.manifest)
+        return dict(self.version.manifest)
 
     @property
     def vectors(self) -> NDArray[np.float32]:
         """float32, shape ``(n, dim)``, each row of length 1; read-only, memory-mapped."""
-        return self._version.vectors
+        return self.version.vectors
 
     @property
     def usearch(self) -> Any:
         """The raw usearch handle; its keys are the rows of :meth:`to_pandas`."""
-        return self._version.graph.raw
+        return self.version.graph.raw
 
     def search(
         self,
@@ -123,13 +134,14 @@ class Index:
             EncoderMismatchError: If it is a vector of another length, or the encoder here
                 is not the one that made the index.
         """
-        if k < 1:
-            raise QueryError(f"k={k}: ask for 1 hit or more")
+        if not isinstance(k, (int, np.integer)) or k < 1:
+            raise QueryError(f"k={k!r}: ask for a whole number of hits, 1 or more")
+        k = min(int(k), len(self)) or 1
         vector, own = self._vector_of(query)
         exclude = [[own] if own is not None and not include_self else []]
-        found = self._version.search(vector[None], k, mask=self._mask(where), exclude=exclude)
+        found = self.version.search(vector[None], k, mask=self._mask(where), exclude=exclude)
         keys = [int(key) for key in found.keys[0] if key >= 0]
-        rows = self._version.rows(keys)
+        rows = self.version.rows(keys)
         hits = [
             Hit(
                 rank=place + 1,
@@ -139,6 +151,7 @@ class Index:
                 paths=tuple(show_path(copy.path) for copy in row.copies),
                 label=row.label or "",
                 key=key,
+                file=row.path,
             )
             for place, (key, row) in enumerate(zip(keys, rows, strict=True))
         ]
@@ -160,7 +173,7 @@ class Index:
         Raises:
             EncoderMismatchError: If the vectors are of another length.
         """
-        found = self._version.search(self._checked(np.atleast_2d(vectors)), k)
+        found = self.version.search(self._checked(np.atleast_2d(vectors)), k)
         return found.keys, found.scores
 
     def to_pandas(self) -> pd.DataFrame:
@@ -181,7 +194,7 @@ class Index:
                 row.width,
                 row.height,
             )
-            for key, row in enumerate(self._version.iter_rows())
+            for key, row in enumerate(self.version.iter_rows())
         ]
         return pd.DataFrame(rows, columns=columns)
 
@@ -205,14 +218,14 @@ class Index:
         """
         import pandas as pd  # deferred: `import toolkit` is to take less than 0.3 s
 
-        if not -1.0 <= threshold <= 1.0:
-            raise QueryError(f"threshold={threshold}: a cosine similarity lies in [-1, 1]")
+        if not isinstance(threshold, (int, float)) or not -1.0 <= threshold <= 1.0:
+            raise QueryError(f"threshold={threshold!r}: a cosine similarity lies in [-1, 1]")
         if other is not None:
             self._same_encoder(other)
-        against = other._version if other is not None else None
-        a, b, score = curate.near_duplicates(self._version, threshold, against)
-        paths_a = [show_path(row.path) for row in self._version.rows(a.tolist())]
-        paths_b = [show_path(row.path) for row in (against or self._version).rows(b.tolist())]
+        against = other.version if other is not None else None
+        a, b, score = curate.near_duplicates(self.version, threshold, against)
+        paths_a = [show_path(row.path) for row in self.version.rows(a.tolist())]
+        paths_b = [show_path(row.path) for row in (against or self.version).rows(b.tolist())]
         frame = pd.DataFrame(
             {"score": score, "path_a": paths_a, "path_b": paths_b, "key_a": a, "key_b": b}
         )
@@ -220,11 +233,11 @@ class Index:
 
     def recall(self, k: int = 10) -> float:
         """Share of the true ``k`` nearest that the graph finds, on a sample of rows."""
-        return quality.measure_recall(self._version, k=k)
+        return quality.measure_recall(self.version, k=k)
 
     def label_precision(self, k: int = 1) -> float:
         """Leave-one-out precision at ``k``: how often a neighbour has the row's own label."""
-        labels = [row.label or "" for row in self._version.iter_rows()]
+        labels = [row.label or "" for row in self.version.iter_rows()]
         return quality.label_precision(self.vectors, labels, k=k)
 
     def map(self, sample: int = 20_000) -> pd.DataFrame:
@@ -239,7 +252,7 @@ class Index:
 
     def summary(self) -> dict[str, Any]:
         """What lists of indexes show of it."""
-        manifest = self._version.manifest
+        manifest = self.version.manifest
         return {
             "name": self.name,
             "images": len(self),
@@ -260,10 +273,10 @@ class Index:
         key = self._row_of_path(query)
         if key is None:
             data = file_bytes(query)
-            key = self._version.key_of(image_key(data))
+            key = self.version.key_of(image_key(data))
         if key is not None:
             return np.asarray(self.vectors[key]), key
-        request = EncoderRequest.from_json(self._version.manifest["extra"]["request"])
+        request = EncoderRequest.from_json(self.version.manifest["extra"]["request"])
         vectors, spec = embed_bytes([data], request, self._settings)
         self._expect(spec)
         return vectors[0], None
@@ -273,7 +286,7 @@ class Index:
         if not isinstance(query, (str, bytes, os.PathLike)):
             return None
         path = os.path.abspath(os.path.expanduser(os.fsencode(query)))
-        return None if os.path.exists(path) else self._version.key_of_path(path)
+        return None if os.path.exists(path) else self.version.key_of_path(path)
 
     def _mask(self, where: Where | None) -> NDArray[np.bool_] | None:
         if where is None:
@@ -286,24 +299,15 @@ class Index:
                     f"the {len(self)} rows of to_pandas()"
                 )
             return mask
-        names = {source for source in self._version.manifest["extra"]["datasets"]}
-        if where in names:
-            return np.fromiter(
-                (any(c.dataset == where for c in row.copies) for row in self._version.iter_rows()),
-                np.bool_,
+        is_dataset = where in self.version.manifest["extra"]["datasets"]
+        takes = _in_dataset if is_dataset else _matches
+        mask = np.fromiter((takes(row, where) for row in self.version.iter_rows()), np.bool_)
+        if not mask.any():
+            raise QueryError(
+                f"where={where!r} is no dataset of this index and matches no path; a pattern must "
+                f"match a path to its end, such as '{where.rstrip('/*')}/*'"
             )
-        below = f"*/{where}"
-        return np.fromiter(
-            (
-                any(
-                    fnmatch.fnmatchcase(path := show_path(copy.path), where)
-                    or fnmatch.fnmatchcase(path, below)
-                    for copy in row.copies
-                )
-                for row in self._version.iter_rows()
-            ),
-            np.bool_,
-        )
+        return mask
 
     def _checked(self, vectors: NDArray[Any]) -> NDArray[np.float32]:
         if vectors.shape[-1] != self.dim:
@@ -317,6 +321,17 @@ class Index:
     def _same_encoder(self, other: Index) -> None:
         if other.encoder.fingerprint != self.encoder.fingerprint:
             raise EncoderMismatchError(self.name, self.encoder.describe(), other.encoder.describe())
+
+
+def _in_dataset(row: ItemRow, dataset: str) -> bool:
+    return any(copy.dataset == dataset for copy in row.copies)
+
+
+def _matches(row: ItemRow, pattern: str) -> bool:
+    """Whether a pattern matches the whole path of a copy, or the end of it below a folder."""
+    paths = [show_path(copy.path) for copy in row.copies]
+    patterns = (pattern, f"*/{pattern}")
+    return any(fnmatch.fnmatchcase(path, p) for path in paths for p in patterns)
 
 
 def compare_indexes(a: Index, b: Index, k: int, data_dir: Path) -> dict[str, Any]:

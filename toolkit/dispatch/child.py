@@ -62,6 +62,14 @@ class _Child:
 
     def _listen(self) -> None:
         """Read questions while the model loads and runs, so that decoding runs ahead of it."""
+        try:
+            self._serve_questions()
+        finally:
+            # The parent is gone, wants us gone, or says what we cannot read: a model that loads
+            # for minutes or a decoder that hangs must not keep us.
+            os._exit(0)
+
+    def _serve_questions(self) -> None:
         while (frame := read_frame(self._questions)) is not None:
             question, blobs = frame
             match question["type"]:
@@ -75,9 +83,6 @@ class _Child:
                     if self._runner is not None:
                         self._runner.prefetch(batch, self._progress, blobs=given)
                     self._batches.put((batch, given))
-        # The parent is gone or wants us gone: a model that loads for minutes or a decoder that
-        # hangs must not keep us.
-        os._exit(0)
 
     def _progress(self, item_id: int, stage: str) -> None:
         self._say({"type": "stamp", "item": item_id, "stage": stage})

@@ -72,6 +72,7 @@ class Dispatcher:
             for event in self._executor.events(POLL_S):
                 match event:
                     case Finished(outcome):
+                        self._check(outcome)
                         self._in_flight.pop(outcome.batch_id, None)
                         self._losses = 0
                         yield outcome
@@ -94,6 +95,13 @@ class Dispatcher:
             self._send(group, alone=False)
         return more
 
+    def _check(self, outcome: Outcome) -> None:
+        if outcome.fingerprint != self._fingerprint:
+            raise ExecutorDiedError(
+                f"the embedding process answered as another encoder ({outcome.fingerprint[:12]} "
+                f"instead of {self._fingerprint[:12]}); build again"
+            )
+
     def _send(self, items: tuple[Item, ...], *, alone: bool) -> None:
         batch = Batch(next(self._ids), self._fingerprint, items)
         self._in_flight[batch.id] = batch
@@ -110,6 +118,8 @@ class Dispatcher:
                 f"a batch ({loss.error}); see its log"
             ) from loss.error
         if was_alone:
+            # A verdict is progress: the road proves itself on its golden pictures at each start.
+            self._losses = 0
             yield self._give_up(batch, loss)
             return
         self._on_loss(str(loss.error), len(loss.suspects))

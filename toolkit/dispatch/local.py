@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from toolkit import errors
-from toolkit.config import Settings
+from toolkit.config import Settings, as_environment
 from toolkit.dispatch.base import Event, Finished, Lost
 from toolkit.dispatch.wire import read_frame, write_frame
 from toolkit.embedding.spec import EncoderRequest, EncoderSpec
+from toolkit.embedding.weights import find_weights
 from toolkit.errors import (
     ExecutorDiedError,
     ExecutorStalledError,
@@ -289,30 +290,30 @@ def _rebuilt(head: dict[str, Any]) -> ToolkitError:
 
 
 _warm: dict[tuple[object, ...], LocalExecutor] = {}
-_warm_lock = threading.RLock()
+_warm_lock = threading.Lock()
 
 
 @contextlib.contextmanager
 def warm_executor(request: EncoderRequest, settings: Settings) -> Iterator[LocalExecutor]:
     """Borrow this process's child for an encoder; it stays warm for the next borrower.
 
-    One child is kept: a model in memory is large. It is dropped when it is left with batches
-    in flight, so that no borrower meets another's answers.
+    One child is kept: a model in memory is large. Whoever comes while it is lent gets another
+    one, for as long as that takes. A child that is left with batches in flight is stopped, so
+    that no borrower meets another's answers.
     """
-    key = (
-        *(request, settings.data_dir, settings.device),
-        *(settings.threads, settings.batch_size, settings.max_pixels),
-    )
+    weights = find_weights(request, settings.data_dir)
+    # Weights that were replaced are another encoder's.
+    key = (request, str(weights and weights.identity), *as_environment(settings).values())
     with _warm_lock:
         executor = _warm.pop(key, None)
-        while _warm:
-            _warm.popitem()[1].close()
-        if executor is None:
-            executor = LocalExecutor(request, settings)
-        try:
-            yield executor
-        finally:
-            if executor.is_idle:
+        _close_all()
+    if executor is None:
+        executor = LocalExecutor(request, settings)
+    try:
+        yield executor
+    finally:
+        with _warm_lock:
+            if executor.is_idle and not _warm:
                 _warm[key] = executor
             else:
                 executor.close()
@@ -322,5 +323,9 @@ def warm_executor(request: EncoderRequest, settings: Settings) -> Iterator[Local
 def close_warm() -> None:
     """Stop the child that is kept warm."""
     with _warm_lock:
-        while _warm:
-            _warm.popitem()[1].close()
+        _close_all()
+
+
+def _close_all() -> None:
+    while _warm:
+        _warm.popitem()[1].close()

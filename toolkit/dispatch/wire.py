@@ -17,8 +17,14 @@ MAX_FRAME_BYTES = 1 << 30
 
 
 def write_frame(file: IO[bytes], head: dict[str, Any], blobs: Sequence[bytes] = ()) -> None:
-    """Write one frame and flush it."""
+    """Write one frame and flush it.
+
+    Raises:
+        ValueError: If it is longer than :data:`MAX_FRAME_BYTES`; nothing is written then.
+    """
     text = json.dumps({**head, "blobs": [len(blob) for blob in blobs]}).encode()
+    if len(text) + sum(map(len, blobs)) > MAX_FRAME_BYTES:
+        raise ValueError(f"a frame of {len(text) + sum(map(len, blobs))} bytes")
     file.write(_HEAD.pack(len(text), sum(map(len, blobs))))
     file.write(text)
     for blob in blobs:

@@ -171,14 +171,16 @@ class SegmentWriter:
         self._n_rows += len(vectors)
         return first
 
-    def record(self, outcome: Outcome, first_row: int, decode_version: int) -> None:
+    def record(
+        self, outcome: Outcome, first_row: int, decode_version: int, max_pixels: int = 0
+    ) -> None:
         """Name the rows of an outcome in the catalog; call inside a transaction.
 
         A vector that is stored already stays as it is: the first valid result wins.
         """
         if outcome.embedded:
             self._record_embedded(outcome.embedded, first_row)
-        remember_failures(self._db, outcome.failed, decode_version)
+        remember_failures(self._db, outcome.failed, decode_version, max_pixels)
 
     def _record_embedded(self, embedded: Sequence[Embedded], first_row: int) -> None:
         segment_id = self._segment_id()
@@ -195,6 +197,8 @@ class SegmentWriter:
             "INSERT OR REPLACE INTO images(image_key, width, height, format) VALUES (?, ?, ?, ?)",
             [(e.key, e.width, e.height, e.format) for e in embedded],
         )
+        keys = [(e.key,) for e in embedded]
+        self._db.executemany("DELETE FROM failures WHERE image_key = ?", keys)
 
     def _segment_id(self) -> int | None:
         # Asked each time, not remembered: the transaction that named it may be rolled back.
@@ -227,14 +231,14 @@ class SegmentWriter:
 
 
 def remember_failures(
-    catalog: sqlite3.Connection, failed: Iterable[Failed], decode_version: int
+    catalog: sqlite3.Connection, failed: Iterable[Failed], decode_version: int, max_pixels: int
 ) -> None:
-    """Keep by content what will fail again; call inside a transaction."""
+    """Keep by content what will fail again under this recipe and limit; in a transaction."""
     catalog.executemany(
-        "INSERT OR REPLACE INTO failures(image_key, decode_version, kind, reason)"
-        " VALUES (?, ?, ?, ?)",
+        "INSERT OR REPLACE INTO failures(image_key, decode_version, max_pixels, kind, reason)"
+        " VALUES (?, ?, ?, ?, ?)",
         [
-            (f.key, decode_version, f.kind.value, f.reason)
+            (f.key, decode_version, max_pixels, f.kind.value, f.reason)
             for f in failed
             if f.key is not None and f.kind.is_permanent
         ],

@@ -196,11 +196,12 @@ def _read_list(path: bytes) -> tuple[tuple[bytes, str | None], ...]:
         rows = csv.DictReader(text)
         if "path" not in (rows.fieldnames or []):
             raise DatasetError(f"{where} has no column 'path' in its first line")
-        return tuple(
-            _entry(os.fsencode(row["path"]), row.get("label"), folder, where)
-            for row in rows
-            if row["path"]
-        )
+        entries = []
+        for row in rows:
+            if not row["path"]:
+                raise DatasetError(f"{where}, line {rows.line_num}: there is no path")
+            entries.append(_entry(os.fsencode(row["path"]), row.get("label"), folder, where))
+        return tuple(entries)
     except (OSError, csv.Error) as error:
         raise DatasetError(f"cannot read the list {where}: {error}") from error
 

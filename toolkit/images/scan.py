@@ -22,7 +22,7 @@ from typing import NamedTuple, TypeVar
 import xxhash
 
 from toolkit.images.datasets import Source
-from toolkit.images.walk import RULE_LIMIT, Excluded, Found, Rules, Unreadable, walk
+from toolkit.images.walk import RULE_LIMIT, RULE_TWICE, Excluded, Found, Rules, Unreadable, walk
 from toolkit.records import FailureKind, FileStat
 
 #: Bytes read at each end of a file to tell it from others.
@@ -94,9 +94,10 @@ class Scan:
         self._db.execute("DROP TABLE IF EXISTS temp.scan")
         self._db.execute(_TABLE)
         self._walk(rules, follow_links, progress)
+        self._db.execute("CREATE INDEX temp.scan_by_path ON scan(path)")
+        self._take_each_path_once()
         if limit is not None:
             self._cut(limit)
-        self._db.execute("CREATE INDEX temp.scan_by_path ON scan(path)")
         self._believe_unchanged()
         self._probe_the_rest()
         self._read_lookalikes()
@@ -114,6 +115,10 @@ class Scan:
             " image_key FROM temp.scan WHERE known = 0 AND failure IS NULL GROUP BY path",
             (self._started_ns,),
         )
+        self._db.execute(
+            "INSERT OR IGNORE INTO probes SELECT probe, image_key FROM temp.scan"
+            " WHERE known = 0 AND probe IS NOT NULL AND image_key IS NOT NULL"
+        )
 
     def identify(self, item_id: int, key: bytes, seen: FileStat | None) -> None:
         """Note the content of a file, as whoever decoded it computed it; inside a transaction."""
@@ -125,6 +130,11 @@ class Scan:
         self._db.execute(
             "UPDATE files SET image_key = ? WHERE path = (SELECT path FROM temp.scan WHERE id = ?)",
             (key, item_id),
+        )
+        self._db.execute(
+            "INSERT OR IGNORE INTO probes SELECT probe, image_key FROM temp.scan"
+            " WHERE id = ? AND probe IS NOT NULL",
+            (item_id,),
         )
         if seen is not None:
             self._db.execute(
@@ -176,6 +186,15 @@ class Scan:
             rows,
         )
 
+    def _take_each_path_once(self) -> None:
+        """A file that two datasets hold, or a list names twice, is one file, not a duplicate."""
+        again = self._db.execute(
+            "DELETE FROM temp.scan WHERE id > (SELECT min(id) FROM temp.scan AS s"
+            " WHERE s.path = scan.path)"
+        )
+        if again.rowcount:
+            self.excluded[RULE_TWICE] += again.rowcount
+
     def _cut(self, limit: int) -> None:
         cut = self._db.execute(
             "DELETE FROM temp.scan WHERE id NOT IN"
@@ -202,11 +221,9 @@ class Scan:
         """Read whole what has the same size, start and end as something else."""
         self._read(
             "image_key IS NULL AND failure IS NULL AND ("
-            "EXISTS (SELECT 1 FROM files AS f"
-            " WHERE f.probe = scan.probe AND f.image_key IS NOT NULL)"
-            # The same path in two datasets is one file, and no lookalike of itself.
+            "EXISTS (SELECT 1 FROM probes AS p WHERE p.probe = scan.probe)"
             " OR EXISTS (SELECT 1 FROM temp.scan AS s"
-            " WHERE s.probe = scan.probe AND s.path <> scan.path))",
+            " WHERE s.probe = scan.probe AND s.id <> scan.id))",
             _read_whole,
         )
 

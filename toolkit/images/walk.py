@@ -38,6 +38,7 @@ RULE_LINK = "link"
 RULE_OTHER = "not an image"
 RULE_INCLUDE = "not included"
 RULE_LIMIT = "over the limit"
+RULE_TWICE = "named twice"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
