@@ -6,15 +6,20 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
+import toolkit as tk
 from tests.pictures import jpeg, write_photos
-from tests.support import CHEAP_FLAGS, INDEX, build_cli, run_cli
+from tests.support import CHEAP_FLAGS, INDEX, build_cli, run_cli, table
 from toolkit.cli import main
+from toolkit.errors import QueryError
 
 #: Keys that scripts rely on.
 BUILD_KEYS = {
@@ -130,21 +135,50 @@ def test_dry_run_prints_the_plan_and_writes_no_vector(photos: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_export_and_import_give_the_same_neighbours(photos: Path, tmp_path: Path) -> None:
+def test_export_and_import_give_the_same_index_and_nothing_is_paid_again(
+    photos: Path, tmp_path: Path
+) -> None:
+    # Larger than what a scan reads of it, with a copy, and a name that is not text.
+    (photos / "big.jpg").write_bytes(jpeg(size=(900, 700), seed=5))
+    shutil.copy(photos / "big.jpg", os.path.join(os.fsencode(photos), b"copy\xff.jpg"))
     build_cli("photos")
-    query = next(photos.rglob("*.jpg"))
-    before = run_cli("search", INDEX, query, "--json").stdout
+    with tk.open_index(INDEX) as index:
+        before = table(index)
 
     exported = run_cli("export", INDEX, tmp_path / "out")
+    tk.configure(data_dir=tmp_path / "elsewhere")
     elsewhere = {"TOOLKIT_DATA_DIR": str(tmp_path / "elsewhere")}
     imported = run_cli("import", tmp_path / "out", "--name", INDEX, env=elsewhere)
-    after = run_cli("search", INDEX, query, "--json", env=elsewhere).stdout
+    with tk.open_index(INDEX) as index:
+        after = table(index)
     rebuilt = build_cli("photos", "--name", "again", env=elsewhere)
 
-    assert (exported.returncode, imported.returncode) == (0, 0)
-    assert (tmp_path / "out" / "img_emb" / "img_emb_0.npy").exists()
+    assert (exported.returncode, imported.returncode) == (0, 0), imported.stderr
+    assert np.load(tmp_path / "out" / "img_emb" / "img_emb_0.npy").shape == (11, 64)
     assert after == before
-    assert rebuilt["embedded"] == 0
+    assert (rebuilt["embedded"], rebuilt["duplicates"]) == (0, 1)
+
+
+@pytest.mark.slow
+def test_foreign_vectors_answer_vectors_and_say_that_they_know_no_encoder(tmp_path: Path) -> None:
+    (tmp_path / "in" / "img_emb").mkdir(parents=True)
+    (tmp_path / "in" / "metadata").mkdir()
+    vectors = np.eye(3, 8, dtype=np.float16) * 5
+    np.save(tmp_path / "in" / "img_emb" / "img_emb_0.npy", vectors)
+    names = pd.DataFrame({"image_path": ["/a.jpg", "/b.jpg", "/c.jpg"]})
+    names.to_parquet(tmp_path / "in" / "metadata" / "metadata_0.parquet")
+    write_photos(tmp_path / "query", 1)
+
+    imported = run_cli("import", tmp_path / "in", "--name", "foreign")
+    again = run_cli("import", tmp_path / "in", "--name", "foreign")
+    with tk.open_index("foreign") as index:
+        (nearest,) = index.search(np.eye(8, dtype=np.float32)[1], k=1)
+        with pytest.raises(QueryError, match="without its encoder"):
+            index.search(tmp_path / "query" / "photo_0000.jpg")
+
+    assert imported.returncode == 0, imported.stderr
+    assert again.returncode == 2
+    assert (nearest.path, round(nearest.score, 6)) == ("/b.jpg", 1.0)
 
 
 @pytest.mark.slow

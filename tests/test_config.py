@@ -165,7 +165,7 @@ def test_address_that_kubernetes_puts_into_the_port_gets_a_sentence(
     ],
 )
 def test_unknown_name_gets_the_nearest_one(wrong: str, right: str) -> None:
-    with pytest.raises(SettingError, match=f"{wrong}.*a setting that exists: {right}"):
+    with pytest.raises(SettingError, match=f"no setting '{wrong}'.*use {right}"):
         configure(**{wrong: "x"})
 
 

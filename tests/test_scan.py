@@ -264,7 +264,7 @@ def test_more_lookalikes_than_one_portion_are_all_read(
     assert len(rows(catalog)) == n
 
 
-def test_one_file_in_two_datasets_is_no_lookalike_of_itself(
+def test_one_file_in_two_datasets_is_taken_once_for_the_first(
     catalog: sqlite3.Connection, root: Path
 ) -> None:
     (root / "sub").mkdir()
@@ -275,8 +275,9 @@ def test_one_file_in_two_datasets_is_no_lookalike_of_itself(
     with transaction(catalog):
         scan.identify(id_of(catalog, root / "sub" / "a.jpg"), b"key", None)
 
-    assert keys == [(0, None), (1, None)]
-    assert catalog.execute("SELECT image_key FROM temp.scan").fetchall() == [(b"key",)] * 2
+    assert keys == [(0, None)]
+    assert scan.excluded == {"named twice": 1}
+    assert catalog.execute("SELECT image_key FROM temp.scan").fetchall() == [(b"key",)]
 
 
 def test_what_is_decoded_later_is_known_to_the_next_scan(

@@ -246,7 +246,7 @@ def test_only_failures_of_content_are_remembered(catalog: sqlite3.Connection) ->
     failed = [Failed(n, kind, "why", key_of(n)) for n, kind in enumerate(kinds)]
 
     with transaction(catalog):
-        remember_failures(catalog, [*failed, Failed(9, FailureKind.DECODE, "no key")], 3)
+        remember_failures(catalog, [*failed, Failed(9, FailureKind.DECODE, "no key")], 3, 100)
 
     rows = catalog.execute("SELECT image_key, decode_version, kind FROM failures").fetchall()
     assert rows == [(key_of(n), 3, kind.value) for n, kind in enumerate(kinds) if kind.is_permanent]

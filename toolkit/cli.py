@@ -248,11 +248,13 @@ def runs(run_id: str | None, failures: bool, csv: str | None, as_json: bool) -> 
 @main.command()
 @click.argument("run_id", required=False)
 @as_json
-def attach(run_id: str | None, as_json: bool) -> None:
+def attach(run_id: str | None, as_json: bool) -> int:
     """Watch a run until it ends: RUN_ID, or the newest live one."""
     from toolkit import api
 
-    _print_run(api.attach(run_id).wait(), as_json)
+    run = api.attach(run_id).wait()
+    _print_run(run, as_json)
+    return 1 if run.state == "held" else 0
 
 
 @main.command()

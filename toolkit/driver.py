@@ -129,7 +129,7 @@ class Build:
         record = self.record
         if record.state is not RunState.HELD:
             raise RunNotFoundError(f"run {self.run_id} is {record.state}, not held")
-        request = BuildRequest.from_json(record.request)
+        request = BuildRequest.from_json(self._view.request())
         removed, failing = record.losses or (0, 0)
         accepted = dataclasses.replace(request, accept_losses=(removed, failing))
         return run_here(accepted, self._settings)
@@ -159,10 +159,10 @@ def run_here(request: BuildRequest, settings: config.Settings) -> Build:
 def drive(run_dir: Path) -> None:
     """Run a build that another process queued; what a detached build's process does."""
     settings = config.resolve()
-    record = RunView(run_dir).record()
-    journal = RunJournal(run_dir.parent, record)
+    view = RunView(run_dir)
+    journal = RunJournal(run_dir.parent, view.record())
     with _logged(journal), contextlib.suppress(BuildHeldError):
-        run_build(BuildRequest.from_json(record.request), settings, journal)
+        run_build(BuildRequest.from_json(view.request()), settings, journal)
 
 
 def detach(request: BuildRequest, settings: config.Settings) -> Build:
@@ -199,8 +199,8 @@ def detach(request: BuildRequest, settings: config.Settings) -> Build:
 
 
 def _journal(request: BuildRequest, settings: config.Settings) -> RunJournal:
-    record = RunRecord(new_run_id(), request.name, request=request.to_json())
-    return RunJournal(runs_dir(settings.data_dir), record)
+    record = RunRecord(new_run_id(), request.name)
+    return RunJournal(runs_dir(settings.data_dir), record, request.to_json())
 
 
 @contextlib.contextmanager

@@ -38,8 +38,12 @@ def export_index(name: str, folder: str | os.PathLike[str]) -> int:
         IndexNotFoundError: If there is none of that name.
         DatasetError: If the folder holds vectors already.
     """
-    with Index.open(name, config.resolve()) as index:
-        return export_version(index.version, Path(folder))
+    settings = config.resolve()
+    with (
+        Index.open(name, settings) as index,
+        contextlib.closing(open_catalog(settings.data_dir)) as catalog,
+    ):
+        return export_version(index.version, Path(folder), catalog)
 
 
 def import_index(folder: str | os.PathLike[str], *, name: str, replace: bool = False) -> Index:

@@ -4,7 +4,8 @@ Law: the process that drives a run is the only writer of its state and holds its
 dies with it; everyone else reads, or leaves a cancel request. ``found = indexed + duplicates +
 failed + excluded + pending``, and pending is 0 when a run says done.
 
-A run is a folder: ``run.json`` (replaced whole), ``events.jsonl`` and ``run.log`` (appended),
+A run is a folder: ``request.json`` (the call, so that it can be made again), ``run.json``
+(replaced whole), ``events.jsonl`` and ``run.log`` (appended),
 ``failures.jsonl``, ``cancel`` (exists or not), ``owner.lock``.
 """
 
@@ -125,7 +126,6 @@ class RunRecord:
         run_id: Sorts by time of start.
         index: Name of the index.
         state: See :class:`RunState`.
-        request: The call, as JSON, so that it can be made again.
         stage: ``scan``, ``load`` (the model), ``embed``, ``index``, ``publish`` or empty.
         done: Progress within the stage, in ``unit``.
         total: Where ``done`` is heading, 0 when unknown.
@@ -152,7 +152,6 @@ class RunRecord:
     run_id: str
     index: str
     state: RunState = RunState.QUEUED
-    request: dict[str, Any] = dataclasses.field(default_factory=dict)
     stage: str = ""
     done: int = 0
     total: int = 0
@@ -239,21 +238,23 @@ class RunJournal:
     Args:
         runs_dir: Folder of all runs.
         record: The run; its folder is made when it is new.
-        sinks: Told of every write.
+        request: The call as JSON, for a new run.
 
     Raises:
         RunError: If another process drives this run.
         StorageError: If its folder cannot be made.
     """
 
-    def __init__(self, runs_dir: Path, record: RunRecord, sinks: Iterable[Sink] = ()) -> None:
+    def __init__(
+        self, runs_dir: Path, record: RunRecord, request: dict[str, Any] | None = None
+    ) -> None:
         self.record = record
         self.folder = runs_dir / record.run_id
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"cannot use {self.folder}: {error.strerror}") from error
-        self._sinks = tuple(sinks)
+        self._sinks: tuple[Sink, ...] = ()
         # A reader that asks whether we live holds the lock for an instant: wait that long.
         self._lock = FileLock(self.folder / "owner.lock", timeout=2)
         try:
@@ -262,6 +263,9 @@ class RunJournal:
             raise RunError(f"run {record.run_id} is driven by another process") from error
         record.pid, record.host = os.getpid(), socket.gethostname()
         record.started = record.started or time.time()
+        if request is not None:
+            with mapped_write(self.folder):
+                (self.folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
         self.write()
         _prune(runs_dir)
 
@@ -349,6 +353,21 @@ class RunView:
                 record.state = RunState.INTERRUPTED
                 record.error = record.error or "its process died; build again to go on from there"
         return record
+
+    def request(self) -> dict[str, Any]:
+        """The call, as JSON.
+
+        Raises:
+            RunNotFoundError: If there is no such run.
+        """
+        try:
+            text = (self.folder / "request.json").read_text(encoding="utf-8")
+            request: dict[str, Any] = json.loads(text)
+        except (OSError, ValueError) as error:
+            raise RunNotFoundError(
+                f"run {self.folder.name!r} does not say what it was asked ({error})"
+            ) from error
+        return request
 
     def _read(self) -> RunRecord:
         try:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from toolkit import display
 from toolkit.config import Settings
-from toolkit.embedding.spec import EncoderRequest, EncoderSpec
+from toolkit.embedding.spec import IMPORTED, EncoderRequest, EncoderSpec
 from toolkit.errors import EncoderMismatchError, IndexNotFoundError, QueryError
 from toolkit.hits import Hit, Hits
 from toolkit.images.decode import image_key
@@ -277,6 +277,11 @@ class Index:
         if key is not None:
             return np.asarray(self.vectors[key]), key
         request = EncoderRequest.from_json(self.version.manifest["extra"]["request"])
+        if self.encoder.architecture == IMPORTED:
+            raise QueryError(
+                f"index {self.name!r} was imported without its encoder: it answers vectors and the "
+                "files it holds, no other pictures"
+            )
         vectors, spec = embed_bytes([data], request, self._settings)
         self._expect(spec)
         return vectors[0], None

@@ -33,6 +33,9 @@ EXACT_TOLERANCE = 1e-5
 #: Least cosine between two runs of one encoder where an accelerator takes part.
 LEAST_COSINE = 0.9999
 
+#: Architecture of vectors whose encoder nobody named.
+IMPORTED = "imported"
+
 _ALLOWED = {
     "head": ("features", "projection"),
     "precision": ("fp32",),
@@ -169,7 +172,7 @@ class EncoderSpec:
             source: Whatever tells one such set of vectors from another.
         """
         unknown = Preprocessing((3, 0, 0), "", (), (), 0.0, "")
-        return cls("imported", source, unknown, 0, "", "", "", None, None, dim)
+        return cls(IMPORTED, source, unknown, 0, "", "", "", None, None, dim)
 
     @property
     def fingerprint(self) -> str:
