@@ -680,3 +680,9 @@ def test_query_picture_is_turned_as_its_file_would_be(photos: Path) -> None:
 
     assert nearest.path == str(file)
     assert nearest.score > 0.9999
+
+
+def test_one_pattern_may_be_given_alone(photos: Path) -> None:
+    run = build("photos", include="*0.jpg", exclude="b")
+
+    assert (run.accounting.indexed, run.accounting.excluded) == (1, 11)

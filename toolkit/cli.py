@@ -78,7 +78,10 @@ def main(verbose: int, data_dir: str | None, datasets_dir: str | None) -> None:
     """  # noqa: D301  click takes the character itself as the sign not to wrap
     config.configure(data_dir=data_dir, datasets_dir=datasets_dir)
     level = [config.resolve().log_level.upper(), "INFO", "DEBUG"][min(verbose, 2)]
-    logging.basicConfig(level=level, format="%(levelname)s %(message)s", stream=sys.stderr)
+    # The handler's level, not the logger's: a run's own log file takes more than the terminal.
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(level)
+    logging.basicConfig(level=level, format="%(levelname)s %(message)s", handlers=[handler])
 
 
 @main.command()
