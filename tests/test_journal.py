@@ -23,16 +23,14 @@ from toolkit.errors import AccountingError, DiskFullError, RunError, RunNotFound
 from toolkit.journal import (
     KEEP_RUNS,
     QUEUED_S,
-    Accounting,
     RunJournal,
-    RunRecord,
-    RunState,
     RunView,
     find_run,
     is_locked,
     list_runs,
     new_run_id,
 )
+from toolkit.run_record import Accounting, RunRecord, RunState
 
 #: Drives a run until it is told to end, or for ever.
 DRIVER = """

@@ -16,7 +16,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import ImageError
-from toolkit.journal import Progress, RunRecord, RunState
+from toolkit.run_record import Progress, RunRecord, RunState
 
 if TYPE_CHECKING:
     from toolkit.hits import Hits

@@ -20,18 +20,11 @@ from toolkit.errors import (
     RunCancelledError,
     RunNotFoundError,
 )
-from toolkit.journal import (
-    Accounting,
-    Progress,
-    RunJournal,
-    RunRecord,
-    RunState,
-    RunView,
-    new_run_id,
-)
+from toolkit.journal import RunJournal, RunView, new_run_id
 from toolkit.pipeline import run_build
 from toolkit.places import runs_dir
 from toolkit.request import BuildRequest
+from toolkit.run_record import Accounting, Progress, RunRecord, RunState
 from toolkit.search import Index
 
 if TYPE_CHECKING:

@@ -40,12 +40,13 @@ from toolkit.images.scan import Scan
 from toolkit.images.walk import Rules
 from toolkit.index.build import publish, write_version
 from toolkit.index.version import IndexVersion, open_current
-from toolkit.journal import RunJournal, RunState, list_runs
+from toolkit.journal import RunJournal, list_runs
 from toolkit.machine import free_bytes
 from toolkit.places import data_in_use, index_dir, index_lock, runs_dir
 from toolkit.planning import Losses, Plan
 from toolkit.records import Failed, FailureKind, Item, Outcome
 from toolkit.request import BuildRequest, PlanReport
+from toolkit.run_record import RunState
 
 logger = logging.getLogger(__name__)
 

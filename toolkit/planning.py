@@ -16,8 +16,8 @@ import xxhash
 
 from toolkit.images.scan import Scan
 from toolkit.index.items import Copy, ItemRow
-from toolkit.journal import Accounting
 from toolkit.records import FailureKind, Item, show_path
+from toolkit.run_record import Accounting
 
 #: Rows fetched at once.
 _CHUNK = 1000
