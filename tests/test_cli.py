@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import numpy as np
@@ -205,6 +206,8 @@ def test_gc_removes_what_no_index_uses_and_nothing_else(photos: Path) -> None:
 def test_terminal_shows_model_device_road_and_where_it_writes(photos: Path) -> None:
     write_photos(photos / "many", 600, seed=1000)
     parent, child = pty.openpty()
+    # A terminal without a width shows no bar.
+    termios.tcsetwinsize(child, (30, 100))
     process = subprocess.Popen(
         [sys.executable, "-m", "toolkit.cli", "build", "photos", *CHEAP_FLAGS],
         stdin=child,

@@ -11,7 +11,7 @@ import pytest
 
 import toolkit as tk
 from tests.pictures import jpeg, write_photos
-from tests.support import INDEX, build, build_cli, table
+from tests.support import INDEX, build, build_cli, table, wait_until
 from toolkit.pipeline import BATCH_ITEMS
 
 pytestmark = pytest.mark.slow
@@ -105,13 +105,18 @@ def test_killed_build_leaves_no_process_behind(photos: Path) -> None:
     build_cli(photos, "--name", INDEX, env={"TOOLKIT_FAULT_POINT": "after-commit"})
 
     (dead,) = tk.runs()
-    # Whoever was started over this test's data folder has it in its environment.
-    ours = ("TOOLKIT_DATA_DIR", os.environ["TOOLKIT_DATA_DIR"])
-    others = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    left = [pid for pid in others if pid != os.getpid() and ours in _environment(pid).items()]
 
     assert dead.state == "interrupted"
-    assert left == []
+    # The child hears of its parent's death by the end of its pipe.
+    wait_until(lambda: _ours() == [], "the end of every process", deadline_s=10)
+    assert _ours() == []
+
+
+def _ours() -> list[int]:
+    """Whoever was started over this test's data folder: it is in their environment."""
+    mark = ("TOOLKIT_DATA_DIR", os.environ["TOOLKIT_DATA_DIR"])
+    others = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    return [pid for pid in others if pid != os.getpid() and mark in _environment(pid).items()]
 
 
 def _environment(pid: int) -> dict[str, str]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from toolkit import errors
-from toolkit.config import Settings, as_environment
+from toolkit.config import Settings
 from toolkit.dispatch.base import Event, Finished, Lost
 from toolkit.dispatch.wire import read_frame, write_frame
 from toolkit.embedding.spec import EncoderRequest, EncoderSpec
@@ -289,6 +289,9 @@ def _rebuilt(head: dict[str, Any]) -> ToolkitError:
     return ExecutorUnavailableError(f"{head['class']}: {head['args']}")
 
 
+#: Settings that a child is made with, or watched by.
+_CHILD_SETTINGS = ("data_dir", "device", "threads", "batch_size", "max_pixels", "stall_s")
+
 _warm: dict[tuple[object, ...], LocalExecutor] = {}
 _warm_lock = threading.Lock()
 
@@ -302,8 +305,12 @@ def warm_executor(request: EncoderRequest, settings: Settings) -> Iterator[Local
     that no borrower meets another's answers.
     """
     weights = find_weights(request, settings.data_dir)
-    # Weights that were replaced are another encoder's.
-    key = (request, str(weights and weights.identity), *as_environment(settings).values())
+    key = (
+        request,
+        # Weights that were replaced are another encoder's.
+        str(weights and weights.identity),
+        *(getattr(settings, name) for name in _CHILD_SETTINGS),
+    )
     with _warm_lock:
         executor = _warm.pop(key, None)
         _close_all()
