@@ -502,12 +502,14 @@ def test_damaged_index_is_named_and_replace_builds_it_from_the_store(
     manifest.write_text("{")
 
     damaged = build_cli("photos")
+    (listed,) = tk.indexes()
     run = build("photos", replace=True)
 
     with tk.open_index(INDEX) as index:
         assert len(index) == 12
     assert damaged["exit"] == 1
     assert "--replace" in damaged["stderr"]
+    assert (listed["name"], "--replace" in listed["encoder"]) == (INDEX, True)
     assert run.accounting.embedded == 0
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from toolkit import config
 from toolkit.driver import Build, detach, run_here
 from toolkit.embedding.spec import EncoderRequest
-from toolkit.errors import DatasetError, SettingError
+from toolkit.errors import DatasetError, SettingError, StorageError
 from toolkit.images.datasets import Dataset, Source, list_datasets, resolve_sources
 from toolkit.images.walk import DEFAULT_EXCLUDES, Found, Rules, walk
 from toolkit.journal import find_run, list_runs
@@ -164,8 +164,13 @@ def indexes() -> list[dict[str, Any]]:
     settings = config.resolve()
     found = []
     for name in published_names(settings.data_dir):
-        with Index.open(name, settings) as index:
-            found.append(index.summary())
+        try:
+            with Index.open(name, settings) as index:
+                found.append(index.summary())
+        except StorageError as error:
+            # One index that is damaged hides no other.
+            known = dict.fromkeys(("images", "dtype", "recall_at_10", "created"))
+            found.append({"name": name, **known, "encoder": str(error), "sources": []})
     return found
 
 
