@@ -274,6 +274,7 @@ def test_unreadable_files_keep_their_vectors(photos: Path) -> None:
     (photos / "a").chmod(0)
     whole_folder = build_cli("photos", prefix=denied)
     accepted = build_cli("photos", "--accept-changes", prefix=denied)
+    next_one = build_cli("photos", prefix=denied)
 
     with tk.open_index(INDEX) as index:
         after = table(index)
@@ -281,6 +282,8 @@ def test_unreadable_files_keep_their_vectors(photos: Path) -> None:
     assert (whole_folder["exit"], whole_folder["state"]) == (1, "held")
     assert (accepted["state"], accepted["kept"], accepted["embedded"]) == ("done", 7, 0)
     assert after == before
+    # What was accepted is no news to the guard.
+    assert (next_one["state"], next_one["kept"]) == ("done", 7)
     (photos / "a").chmod(0o755)
 
 

@@ -17,6 +17,7 @@ from toolkit.embedding.spec import EncoderRequest
 from toolkit.errors import DatasetError, SettingError, StorageError
 from toolkit.images.datasets import Dataset, Source, list_datasets, resolve_sources
 from toolkit.images.walk import DEFAULT_EXCLUDES, Found, Rules, walk
+from toolkit.index.vector_index import DTYPE_BYTES
 from toolkit.journal import find_run, list_runs
 from toolkit.pipeline import plan_build
 from toolkit.places import runs_dir
@@ -250,7 +251,7 @@ def _request(
     settings = config.resolve(device=device, model=model, batch_size=batch_size)
     if distributed not in (True, False, "require"):
         raise SettingError("distributed", distributed, "True, False or 'require'")
-    if dtype not in ("f32", "f16", "i8"):
+    if dtype not in DTYPE_BYTES:
         raise SettingError("dtype", dtype, "'f32', 'f16' or 'i8'")
     if limit is not None and limit < 1:
         raise SettingError("limit", limit, "a whole number above 0")

@@ -39,6 +39,7 @@ from toolkit.images.decode import DECODE_VERSION
 from toolkit.images.scan import Scan
 from toolkit.images.walk import Rules
 from toolkit.index.build import publish, write_version
+from toolkit.index.vector_index import DTYPE_BYTES
 from toolkit.index.version import IndexVersion, open_current
 from toolkit.journal import RunJournal, list_runs
 from toolkit.machine import free_bytes
@@ -59,8 +60,7 @@ NO_WORKERS = "no workers: this release embeds locally"
 #: Share by which free space must exceed what a build will write.
 SPACE_MARGIN = 1.2
 
-#: Bytes of an index per row and dimension, by dtype, and per row for links and paths.
-_DTYPE_BYTES = {"f32": 4, "f16": 2, "i8": 1}
+#: Bytes of an index per row for links and paths, besides its components.
 _ROW_BYTES = 600
 
 
@@ -235,7 +235,7 @@ class _Build:
         n, reused = plan.n_to_embed(), plan.n_reused()
         rate = last_rate(self._settings.data_dir, spec.describe()) if spec else None
         dim = spec.dim if spec else 0
-        row = dim * (4 + _DTYPE_BYTES[self._request.dtype]) + _ROW_BYTES
+        row = dim * (4 + DTYPE_BYTES[self._request.dtype]) + _ROW_BYTES
         return PlanReport(
             changes=plan.changes(),
             found=self._scan.n_found,
@@ -251,10 +251,14 @@ class _Build:
 
     def _losses(self, plan: Plan) -> Losses:
         """What publishing would cost; files that were unreadable before are no news."""
-        known = 0
-        if self._previous is not None:
-            known = self._previous.manifest["extra"].get("accounting", {}).get("kept", 0)
-        return plan.losses(known)
+        return plan.losses(self._kept_before)
+
+    @property
+    def _kept_before(self) -> int:
+        """Files that could not be read when the published version was made."""
+        if self._previous is None:
+            return 0
+        return int(self._previous.manifest["extra"].get("accounting", {}).get("kept", 0))
 
     def check_space(self, report: PlanReport) -> None:
         if report.free_bytes < SPACE_MARGIN * report.needed_bytes:
@@ -448,8 +452,11 @@ class _Build:
             manifest["extra"]["table_digest"],
             manifest["encoder"]["fingerprint"],
             manifest["dtype"],
+            # The guard must find what was accepted, though no row has changed.
+            self._kept_before,
         )
-        return published == (digest, spec.fingerprint, self._request.dtype)
+        kept = self._journal.record.accounting.kept
+        return published == (digest, spec.fingerprint, self._request.dtype, kept)
 
 
 def last_rate(data_dir: Path, encoder: str) -> float | None:

@@ -14,9 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-#: Bytes of an image key: xxh3_128 of all bytes of the file.
-IMAGE_KEY_BYTES = 16
-
 
 class FailureKind(enum.StrEnum):
     """Why an image has no vector; decides whether it is tried again.
