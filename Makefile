@@ -7,12 +7,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO := $(VENV)/.stamp-demo
 DEV := $(VENV)/.stamp-dev
+# Test files that run side by side: most of them wait for processes.
+TEST_JOBS ?= 2
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 .DEFAULT_GOAL := help
 # Both stamps install into the same .venv.
 .NOTPARALLEL:
-.PHONY: help demo notebook check test soak bench fix docs-notebooks clean
+.PHONY: help demo notebook lint check test soak bench fix docs-notebooks clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,16 +25,18 @@ demo: $(DEMO) ## Index the sample photos and search them: no network, no setting
 notebook: $(DEV) ## Open JupyterLab on the notebooks
 	@$(BIN)/jupyter lab notebooks
 
-check: $(DEV) ## Format, lint, types, layers and the fast tests
+check: lint ## Format, lint, types, layers and the fast tests
+	$(BIN)/pytest -m "not slow and not soak"
+
+lint: $(DEV) ## Format, lint, types and layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(if $(NOTEBOOKS),$(BIN)/nbstripout --keep-id --verify $(NOTEBOOKS))
-	$(BIN)/pytest -m "not slow and not soak"
 
 test: $(DEV) ## Every test but the soak
-	$(BIN)/pytest -m "not soak"
+	$(BIN)/pytest -m "not soak" -n $(TEST_JOBS) --dist loadfile
 
 soak: $(DEV) ## The long tests, minutes to hours
 	$(BIN)/pytest -m soak --timeout=0
@@ -40,6 +44,8 @@ soak: $(DEV) ## The long tests, minutes to hours
 bench: $(DEV) ## Run every benchmark and print its numbers
 	$(BIN)/python benchmarks/local_vs_naive.py toolkit/samples/photos
 	$(BIN)/python benchmarks/publish.py
+	$(BIN)/python benchmarks/workers_vs_local.py toolkit/samples/photos
+	$(BIN)/python benchmarks/monitor.py
 
 fix: $(DEV) ## Format the code and mend what ruff can mend
 	$(BIN)/ruff format .

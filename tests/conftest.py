@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,8 @@ def _own_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
             monkeypatch.delenv(name)
     monkeypatch.setenv("TOOLKIT_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("TOOLKIT_DATASETS_DIR", str(tmp_path / "datasets"))
+    # Should a server listen on this machine's default port, its workers are none of ours.
+    monkeypatch.setenv("TOOLKIT_NAMESPACE", f"test-{secrets.token_hex(6)}")
     monkeypatch.chdir(tmp_path)
     before = dict(config._configured)
     yield

@@ -21,7 +21,8 @@ from PIL import Image
 
 from tests import pictures
 from toolkit.errors import ChangedError, DecodeError, UnreadableError
-from toolkit.images.decode import IMAGE_SUFFIXES, decode, image_key, read_file
+from toolkit.images.decode import IMAGE_SUFFIXES, decode, read_file
+from toolkit.images.identity import image_key
 
 SUFFIXES = sorted(pictures.one_of_each())
 

@@ -18,6 +18,7 @@ from toolkit.errors import (
     IndexNotFoundError,
     RoadError,
     RunError,
+    ServerError,
     SettingError,
     ToolkitError,
     UnknownSettingError,
@@ -40,6 +41,7 @@ ARGUMENTS: dict[type[ToolkitError], tuple[Any, ...]] = {
     IndexNotFoundError: ("cats", ("dogs", "birds")),
     IndexConflictError: ("cats", "was built from a, not b"),
     DiskFullError: ("/data", 5_000_000, 1_000_000),
+    ServerError: ("redis://10.0.0.5:6379", "refused", "nothing listens there"),
     FormatVersionError: ("/data/catalog.sqlite", 9, 1),
 }
 
@@ -130,6 +132,9 @@ def test_only_the_road_may_move_work() -> None:
         "ExecutorDiedError",
         "ExecutorStalledError",
         "ExecutorUnavailableError",
+        "ServerError",
+        "WorkerLostError",
+        "AnswerError",
     }
     assert not issubclass(RoadError, (UsageError, errors.ImageError))
     assert issubclass(AccountingError, RunError)

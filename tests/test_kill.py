@@ -12,7 +12,7 @@ import pytest
 import toolkit as tk
 from tests.pictures import jpeg, write_photos
 from tests.support import INDEX, build, build_cli, table, wait_until
-from toolkit.pipeline import BATCH_ITEMS
+from toolkit.dispatch.dispatcher import BATCH_ITEMS
 
 pytestmark = pytest.mark.slow
 

@@ -13,6 +13,7 @@ import pytest
 
 import toolkit as tk
 from tests.pictures import jpeg, write_photos
+from tests.sabotage import write_sabotage
 from tests.support import CHEAP, INDEX, build, wait_until
 from toolkit import config
 from toolkit.dispatch.local import close_warm, warm_executor
@@ -20,33 +21,6 @@ from toolkit.embedding.spec import EncoderRequest
 from toolkit.errors import ModelError, WeightsNotFoundError
 
 pytestmark = pytest.mark.slow
-
-# Every Python process imports a module of this name when it finds one: the child does as well.
-# It makes the real decoder crash or hang over pictures that carry a mark behind their end.
-SABOTAGE = """
-import sys
-class Finder:
-    def find_spec(self, name, path=None, target=None):
-        if name != "toolkit.images.decode":
-            return None
-        sys.meta_path.remove(self)
-        import ctypes, importlib.util, time
-        spec = importlib.util.find_spec(name)
-        load = spec.loader.exec_module
-        def exec_module(module):
-            load(module)
-            decode = module.decode
-            def sabotaged(data, **options):
-                if data.endswith(b"CRASH"):
-                    ctypes.string_at(0)
-                if data.endswith(b"HANG"):
-                    time.sleep(3600)
-                return decode(data, **options)
-            module.decode = sabotaged
-        spec.loader.exec_module = exec_module
-        return spec
-sys.meta_path.insert(0, Finder())
-"""
 
 
 @pytest.fixture
@@ -58,14 +32,14 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def sabotage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "sabotage"
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text(SABOTAGE)
+    folder = write_sabotage(tmp_path / "sabotage")
     monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
 
 
 @pytest.mark.usefixtures("sabotage")
 def test_native_crash_costs_that_one_image(photos: Path) -> None:
+    # Alone once, which is the least there is.
+    tk.configure(celery_max_retries=1)
     poison = photos / "p05.jpg"
     poison.write_bytes(jpeg(seed=555) + b"CRASH")
 
@@ -82,7 +56,7 @@ def test_native_crash_costs_that_one_image(photos: Path) -> None:
 
 @pytest.mark.usefixtures("sabotage")
 def test_hang_costs_that_one_image(photos: Path) -> None:
-    tk.configure(stall_s=3)
+    tk.configure(stall_s=3, celery_max_retries=1)
     (photos / "p05.jpg").write_bytes(jpeg(seed=555) + b"HANG")
 
     run = build("photos")

@@ -18,7 +18,7 @@ from tests.pictures import bomb_png, encoded, png, turned, write_bad_files, writ
 from toolkit.embedding.runner import Runner
 from toolkit.embedding.spec import EncoderSpec, Preprocessing
 from toolkit.errors import RunCancelledError
-from toolkit.images.decode import image_key
+from toolkit.images.identity import image_key
 from toolkit.records import Batch, FailureKind, FileStat, Item, Outcome
 
 PREPROCESSING = Preprocessing((3, 1, 1), "nearest", (0.0,) * 3, (1.0,) * 3, 1.0, "squash")

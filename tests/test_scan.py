@@ -20,7 +20,8 @@ import xxhash
 from tests.test_walk import DENIED
 from toolkit.catalog import open_catalog, transaction
 from toolkit.images.datasets import Source
-from toolkit.images.scan import PROBE_BYTES, Scan
+from toolkit.images.identity import PROBE_BYTES
+from toolkit.images.scan import Scan
 from toolkit.images.walk import RULE_LIMIT, RULE_OTHER, Rules
 from toolkit.records import FailureKind, FileStat
 

@@ -13,8 +13,8 @@ import pytest
 import toolkit as tk
 from tests.pictures import write_photos
 from tests.support import INDEX, build, table, wait_until
+from toolkit.dispatch.dispatcher import BATCH_ITEMS
 from toolkit.driver import Build
-from toolkit.pipeline import BATCH_ITEMS
 
 pytestmark = pytest.mark.soak
 

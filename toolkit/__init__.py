@@ -33,8 +33,10 @@ if TYPE_CHECKING:
         plan,
         runs,
     )
+    from toolkit.cluster.local import LocalCluster
     from toolkit.config import Settings, configure
     from toolkit.driver import Build
+    from toolkit.health import HealthReport, check_health
     from toolkit.hits import Hit, Hits
     from toolkit.housekeeping import (
         export_index,
@@ -54,8 +56,10 @@ _HOMES = {
         *("attach", "build_index", "compare", "datasets", "embed"),
         *("indexes", "open_index", "plan", "runs"),
     ),
+    "toolkit.cluster.local": ("LocalCluster",),
     "toolkit.config": ("Settings", "configure"),
     "toolkit.driver": ("Build",),
+    "toolkit.health": ("HealthReport", "check_health"),
     "toolkit.hits": ("Hit", "Hits"),
     "toolkit.housekeeping": (
         *("export_index", "import_index", "pull_model", "store_gc", "store_usage"),
@@ -68,12 +72,15 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "DEFAULT_EXCLUDES",
     "Build",
+    "HealthReport",
     "Hit",
     "Hits",
     "Index",
+    "LocalCluster",
     "Settings",
     "attach",
     "build_index",
+    "check_health",
     "compare",
     "configure",
     "datasets",
@@ -99,6 +106,8 @@ def __getattr__(name: str) -> Any:
     if name == "settings":
         # Resolved at each look: the environment may have changed since the last one.
         return importlib.import_module("toolkit.config").resolve()
+    if name == "app":  # where `celery -A toolkit` looks
+        return importlib.import_module("toolkit.cluster.app").worker_app()
     if name == "errors":
         return importlib.import_module("toolkit.errors")
     if name in _HOME_OF:

@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit import config
-from toolkit.driver import Build, detach, run_here
+from toolkit.driver import Build, detach, find, run_here
 from toolkit.embedding.spec import EncoderRequest
 from toolkit.errors import DatasetError, SettingError, StorageError
 from toolkit.images.datasets import Dataset, Source, list_datasets, resolve_sources
 from toolkit.images.walk import DEFAULT_EXCLUDES, Found, Rules, walk
 from toolkit.index.vector_index import DTYPE_BYTES
-from toolkit.journal import find_run, list_runs
+from toolkit.journal import list_runs
 from toolkit.pipeline import plan_build
 from toolkit.places import runs_dir
 from toolkit.query import Query, embed_bytes, file_bytes
@@ -135,13 +135,12 @@ def plan(datasets: Dataset | Sequence[Dataset], **options: Any) -> PlanReport:
 
 
 def attach(run_id: str | None = None) -> Build:
-    """A run by its id, or the newest live one, from any process.
+    """A run by its id, or the newest live one, from any process and any machine.
 
     Raises:
         RunNotFoundError: If there is none.
     """
-    settings = config.resolve()
-    return Build(find_run(runs_dir(settings.data_dir), run_id), settings)
+    return find(run_id, config.resolve())
 
 
 def runs() -> list[Build]:

@@ -65,6 +65,13 @@ def _text(value: object) -> str:
     return str(value)
 
 
+def _namespace(value: object) -> str:
+    # A colon or a star would let it lie inside of another one's keys.
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", str(value)):
+        raise ValueError("1 to 64 letters, digits, dots, dashes or underscores")
+    return str(value)
+
+
 def _level(value: object) -> str:
     levels = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
     if str(value).upper() not in levels:
@@ -76,8 +83,22 @@ def _optional_text(value: object) -> str | None:
     return None if value is None or not str(value).strip() else _text(value)
 
 
+def _token(value: object) -> str | None:
+    # It travels in a header, where other letters and outer blanks do not arrive as they are.
+    if value is None or value == "":
+        return None
+    if not re.fullmatch(r"[!-~]([ -~]*[!-~])?", str(value)):
+        raise ValueError("letters, digits and signs of ASCII, with no blank at either end")
+    return _text(value)
+
+
 def _path(value: object) -> Path:
     return Path(_text(value)).expanduser().absolute()
+
+
+def _roots(value: object) -> tuple[Path, ...]:
+    parts = value if isinstance(value, (list, tuple)) else str(value).split(os.pathsep)
+    return tuple(_path(part) for part in parts if str(part).strip())
 
 
 def _batch_size(value: object) -> int | None:
@@ -129,8 +150,15 @@ class Settings:
         batch_size: Images that go through the model at once; ``None`` (written ``auto``)
             takes what the device does best.
         stall_s: Seconds without progress after which an embedding process counts as hung.
+        beat_s: Seconds between two heartbeats of a worker.
+        beat_ttl_s: Seconds after its last heartbeat for which a worker counts as alive.
+        require_wait_s: Seconds for which a build that requires workers waits for one.
+        worker_roots: Folders under which a worker reads files by their path; empty means the
+            datasets folder. What lies elsewhere is sent to it.
         max_pixels: Pictures with more pixels are refused before they are decoded.
         follow_links: Whether a scan follows symbolic links; loops are cut.
+        monitor_token: What the monitor's visitors must know to change something; ``None``
+            lets everybody on this machine, and nobody from elsewhere.
         log_level: Level of the command line's log.
     """
 
@@ -148,15 +176,28 @@ class Settings:
         "TOOLKIT_DATA_DIR", _path, lambda: platformdirs.user_data_path("image-index-toolkit")
     )
     model: str = _setting("TOOLKIT_MODEL", _text, "tf_efficientnet_lite0")
-    namespace: str = _setting("TOOLKIT_NAMESPACE", _text, "toolkit")
+    namespace: str = _setting("TOOLKIT_NAMESPACE", _namespace, "toolkit")
     device: str = _setting("TOOLKIT_DEVICE", _text, "auto")
     threads: int = _setting("TOOLKIT_THREADS", _whole(1, 1024), usable_cpus)
     batch_size: int | None = _setting("TOOLKIT_BATCH_SIZE", _batch_size, None)
     stall_s: float = _setting("TOOLKIT_STALL_S", _seconds, 30.0)
+    beat_s: float = _setting("TOOLKIT_BEAT_S", _seconds, 2.0)
+    beat_ttl_s: float = _setting("TOOLKIT_BEAT_TTL_S", _seconds, 6.0)
+    require_wait_s: float = _setting("TOOLKIT_REQUIRE_WAIT_S", _seconds, 60.0)
+    worker_roots: tuple[Path, ...] = _setting("TOOLKIT_WORKER_ROOTS", _roots, ())
     max_pixels: int = _setting("TOOLKIT_MAX_PIXELS", _whole(1, 1 << 31), 200_000_000)
     follow_links: bool = _setting("TOOLKIT_FOLLOW_LINKS", _bool, False)
+    monitor_token: str | None = _setting("TOOLKIT_MONITOR_TOKEN", _token, None)
     log_level: str = _setting("TOOLKIT_LOG_LEVEL", _level, "WARNING")
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)
+
+    @property
+    def visibility_timeout_s(self) -> float:
+        """Seconds after which the server gives out again what no worker acknowledged.
+
+        A backstop: deadlines are the client's. It must exceed what a batch may take.
+        """
+        return 2 * self.celery_task_time_limit + 60
 
     def __repr__(self) -> str:
         rows = [
@@ -171,15 +212,25 @@ _FIELDS = {f.name: f for f in dataclasses.fields(Settings) if "env" in f.metadat
 _BY_ENV = {f.metadata["env"]: f for f in _FIELDS.values()}
 _configured: dict[str, object] = {}
 
+#: Settings whose default stands for more than its value.
+_OPEN = ("redis_host", "redis_port")
+
 
 def shown(settings: Settings, name: str) -> str:
-    """A setting as it may be printed: a password in an address is masked."""
-    value = str(getattr(settings, name))
-    if name != "redis_url":
-        return value
+    """A setting as it may be printed: a password is masked."""
+    value = _written(getattr(settings, name))
+    if name == "monitor_token":
+        return "***" * bool(value)
+    return masked(value) if name == "redis_url" else value
+
+
+def masked(url: str) -> str:
+    """An address as it may be printed: its password is masked."""
     # Up to the last @, not by urlsplit: a password with a slash in it must not show either.
-    masked = re.sub(r"(://[^:@/]*:).*@", r"\1***@", value)
-    return re.sub(r"(\bpassword=)[^&]*", r"\1***", masked)
+    if "://" not in url:  # no address at all: all of it may be a secret
+        url = re.sub(r".*@", "***@", url)
+    without = re.sub(r"(://[^:@/]*:).*@", r"\1***@", url)
+    return re.sub(r"(\bpassword=)[^&]*", r"\1***", without)
 
 
 def configure(**values: object) -> None:
@@ -218,6 +269,13 @@ def resolve(**arguments: object) -> Settings:
             values[field.name] = _parse(field, name, value, source)
             sources[field.name] = source if source != "environment" else f"${name}"
     settings = Settings(**values, sources=sources)
+    if settings.beat_ttl_s < 2 * settings.beat_s:
+        raise SettingError(
+            "TOOLKIT_BEAT_TTL_S",
+            settings.beat_ttl_s,
+            f"at least twice TOOLKIT_BEAT_S ({settings.beat_s:g} s)",
+            sources["beat_ttl_s"],
+        )
     if settings.celery_task_soft_time_limit > settings.celery_task_time_limit:
         raise SettingError(
             "CELERY_TASK_SOFT_TIME_LIMIT",
@@ -257,8 +315,11 @@ def _settings_file() -> tuple[Path | None, Mapping[str, object]]:
 
 def _beside(file: Path, name: str, value: object) -> object:
     """A relative path in a settings file starts at that file, wherever it is found from."""
-    if _field(name, str(file)).metadata["parse"] is _path and isinstance(value, str) and value:
+    parse = _field(name, str(file)).metadata["parse"]
+    if parse is _path and isinstance(value, str) and value:
         return file.parent / Path(value).expanduser()
+    if parse is _roots and isinstance(value, list):
+        return [file.parent / Path(str(part)).expanduser() for part in value]
     return value
 
 
@@ -275,11 +336,25 @@ def _parse(field: dataclasses.Field[Any], name: str, value: object, source: str)
     try:
         return field.metadata["parse"](value)
     except ValueError as error:
-        raise SettingError(name, value, str(error), source) from None
+        told = "***" if field.name == "monitor_token" else value
+        raise SettingError(name, told, str(error), source) from None
 
 
 def as_environment(settings: Settings) -> dict[str, str]:
     """The settings as environment variables, for a process that this one starts."""
-    values = {env: getattr(settings, field.name) for env, field in _BY_ENV.items()}
+    values: dict[str, object] = {}
+    for env, field in _BY_ENV.items():
+        # Where nobody said which server, this machine's own cluster may be it: there as here.
+        is_open = field.name in _OPEN and settings.sources.get(field.name) == "default"
+        # A secret of the monitor's own is nothing for builds and workers.
+        is_kept = is_open or field.name == "monitor_token"
+        values[env] = None if is_kept else getattr(settings, field.name)
     # An empty variable is no setting, so that what is unset here is unset there.
-    return {env: "" if value is None else str(value) for env, value in values.items()}
+    return {env: _written(value) for env, value in values.items()}
+
+
+def _written(value: object) -> str:
+    """A value as it stands in a variable."""
+    if isinstance(value, tuple):
+        return os.pathsep.join(map(str, value))
+    return "" if value is None else str(value)

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolkit.display import one_line
 from toolkit.errors import ImageError
 from toolkit.images.decode import decode, read_file
 from toolkit.records import show_path
+from toolkit.text import one_line
 
 if TYPE_CHECKING:
     from PIL import Image

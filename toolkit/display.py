@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import ImageError
 from toolkit.run_record import Progress, RunRecord, RunState
+from toolkit.text import fallback_text, one_line, seconds_text
 
 if TYPE_CHECKING:
     from toolkit.hits import Hits
@@ -72,6 +73,7 @@ class _Terminal:
         self._bar: Any = None
         self._stage = ""
         self._has_header = False
+        self._n_moves = 0
 
     def __enter__(self) -> _Terminal:
         return self
@@ -85,6 +87,9 @@ class _Terminal:
         if record.road and not self._has_header:
             self._has_header = True
             tqdm.write(header(record), file=sys.stderr)
+        for move in record.moves[self._n_moves :]:
+            self._n_moves += 1
+            tqdm.write(move_text(move), file=sys.stderr)
         if record.stage != self._stage:
             self._close()
             self._stage = record.stage
@@ -108,22 +113,20 @@ def header(record: RunRecord) -> str:
     return " · ".join([*parts, f"writes to {record.folder}"])
 
 
-def seconds_text(seconds: float | None) -> str:
-    """A duration as people say it: ``42 s``, ``3 min 05 s``, ``2 h 10 min``."""
-    if seconds is None:
-        return "unknown"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+def move_text(move: Mapping[str, Any]) -> str:
+    """A change of road in one line."""
+    if move["to"] == "local":
+        return fallback_text(move["reason"], move["eta_s"])
+    after = move["eta_s"][1]
+    return "on the workers again" + (f", ETA {seconds_text(after)}" if after else "")
 
 
 def progress_text(progress: Progress) -> str:
     """Stage, count, rate and time left in one line."""
     if not progress.stage:
         return str(progress.state)
+    if progress.stage == "load":
+        return "loading the model"
     text = f"{progress.stage} {progress.done:,}"
     if progress.total:
         text += f" of {progress.total:,}"
@@ -150,6 +153,17 @@ def books_text(record: RunRecord) -> str:
     return "; ".join(parts)
 
 
+def roads_text(record: RunRecord) -> str:
+    """Which road did how much, how often the work moved, and why not always on workers."""
+    parts = [f"batches: {record.batches['workers']} by workers, {record.batches['local']} local"]
+    if record.moves:
+        n = len(record.moves)
+        parts.append("moved once" if n == 1 else f"moved {n} times")
+    if record.fallback_reason:
+        parts.append(f"not on workers at first or for a while: {record.fallback_reason}")
+    return "; ".join(parts)
+
+
 def run_text(record: RunRecord) -> str:
     """A run in a terminal."""
     lines = [f"run {record.run_id} · index {record.index} · {record.state}"]
@@ -158,6 +172,8 @@ def run_text(record: RunRecord) -> str:
     elif record.state in (RunState.DONE, RunState.HELD):
         lines.append(books_text(record))
         lines.append(f"{seconds_text(record.seconds)}{_recall_text(record)}")
+    if any(record.batches.values()):
+        lines.append(roads_text(record))
     if record.error:
         lines.append(record.error)
     return "\n".join(lines)
@@ -175,6 +191,8 @@ def run_html(record: RunRecord, failures: Sequence[Mapping[str, Any]] = ()) -> s
     else:
         parts.append(escape(books_text(record)))
         parts.append(f"{seconds_text(record.seconds)}{_recall_text(record)}")
+    if any(record.batches.values()) and record.moves:
+        parts.append(escape(roads_text(record)))
     if record.error:
         parts.append(f'<span style="color:#b00">{escape(record.error)}</span>')
     html = "<br>".join(parts)
@@ -230,27 +248,35 @@ def table_html(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def one_line(text: str) -> str:
-    """A text on one line: control characters as backslash escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def thumbnail_html(path: bytes) -> str:
     """A picture as an inline JPEG, or a word that says why there is none."""
-    # Deferred: they need Pillow and numpy, which `toolkit --help` does not.
-    from toolkit.images.decode import decode, read_file
-    from toolkit.records import show_path
+    from toolkit.records import show_path  # deferred, as below
 
     try:
-        picture = decode(read_file(path)[0]).rgb
+        url = thumbnail_url(path)
     except ImageError as error:
         return f"<i>{escape(type(error).__name__)}</i>"
+    return f'<img alt="{escape(show_path(os.path.basename(path)))}" src="{url}">'
+
+
+def thumbnail_url(path: bytes, *, max_pixels: int | None = None) -> str:
+    """A picture as a small JPEG in a data address.
+
+    Args:
+        path: The file.
+        max_pixels: Refuse one that has more; ``None`` takes the decoder's own limit.
+
+    Raises:
+        ImageError: If it cannot be read or decoded.
+    """
+    # Deferred: it needs Pillow and numpy, which `toolkit --help` does not.
+    from toolkit.images.decode import DEFAULT_MAX_PIXELS, decode, read_file
+
+    picture = decode(read_file(path)[0], max_pixels=max_pixels or DEFAULT_MAX_PIXELS).rgb
     picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=80)
-    data = base64.b64encode(file.getvalue()).decode()
-    name = escape(show_path(os.path.basename(path)))
-    return f'<img alt="{name}" src="data:image/jpeg;base64,{data}">'
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _more(paths: Sequence[str]) -> str:

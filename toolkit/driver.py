@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +20,11 @@ from toolkit.errors import (
     BuildHeldError,
     RunCancelledError,
     RunNotFoundError,
+    ServerError,
 )
-from toolkit.journal import RunJournal, RunView, new_run_id
+from toolkit.journal import RunJournal, RunView, find_run, new_run_id
 from toolkit.pipeline import run_build
-from toolkit.places import runs_dir
+from toolkit.places import check_index_free, index_dir, runs_dir
 from toolkit.request import BuildRequest
 from toolkit.run_record import Accounting, Progress, RunRecord, RunState
 from toolkit.search import Index
@@ -30,16 +32,20 @@ from toolkit.search import Index
 if TYPE_CHECKING:
     import pandas as pd
 
+    from toolkit.cluster.mirror import MirroredRun
+
 #: Seconds a detached build may take until its journal appears.
 DETACH_TIMEOUT_S = 30.0
 
-_detached: list[subprocess.Popen[bytes]] = []
-
 
 class Build:
-    """A run of a build, live or ended; works from any process that sees the data folder."""
+    """A run of a build, live or ended; works from any process that sees its folder or its server.
 
-    def __init__(self, view: RunView, settings: config.Settings) -> None:
+    Of a run on another machine the record can be read and a stop be asked for; its failures,
+    log and index are on that machine.
+    """
+
+    def __init__(self, view: RunView | MirroredRun, settings: config.Settings) -> None:
         self._view, self._settings = view, settings
 
     @property
@@ -111,13 +117,17 @@ class Build:
         _raise_if_failed(record)
         return self
 
-    def publish(self) -> Build:
+    def publish(self, *, wait: bool = True) -> Build:
         """Release a held build: build again, accepting losses as large as those it found.
 
         Should more be lost by now, the new build is held in its turn.
 
+        Args:
+            wait: ``False`` starts a process that outlives this one and returns at once.
+
         Raises:
             RunNotFoundError: If it is not held.
+            BuildInProgressError: If another run builds this index.
         """
         record = self.record
         if record.state is not RunState.HELD:
@@ -125,7 +135,7 @@ class Build:
         request = BuildRequest.from_json(self._view.request())
         removed, failing = record.losses or (0, 0)
         accepted = dataclasses.replace(request, accept_losses=(removed, failing))
-        return run_here(accepted, self._settings)
+        return (run_here if wait else detach)(accepted, self._settings)
 
     def logs(self) -> str:
         """The run's log."""
@@ -138,10 +148,36 @@ class Build:
         return display.run_html(self.record, self._view.failures())
 
 
+def find(run_id: str | None, settings: config.Settings) -> Build:
+    """A run by its id, or the newest live one: on this machine's disk, else on the server.
+
+    Raises:
+        RunNotFoundError: If there is none.
+        ServerError: If it is not on this disk, and a server is there that does not say.
+    """
+    try:
+        return Build(find_run(runs_dir(settings.data_dir), run_id), settings)
+    except RunNotFoundError as error:
+        # Deferred: as in _mirror.
+        from toolkit.cluster.mirror import mirrored_run
+
+        try:
+            view = mirrored_run(settings, run_id)
+        except ServerError as silence:
+            # Where nothing listens there is no other place to look.
+            if run_id is not None and silence.cause != "refused":
+                raise silence from error
+            view = None
+        if view is None:
+            raise error from None
+        return Build(view, settings)
+
+
 def run_here(request: BuildRequest, settings: config.Settings) -> Build:
     """Run a build in this process, showing how far it is."""
     journal = _journal(request, settings)
     build = Build(RunView(journal.folder), settings)
+    _mirror(journal, request, settings)
     with _logged(journal), display.progress() as show:
         journal.add_sink(show)
         with contextlib.suppress(BuildHeldError):
@@ -154,12 +190,21 @@ def drive(run_dir: Path) -> None:
     settings = config.resolve()
     view = RunView(run_dir)
     journal = RunJournal(run_dir.parent, view.record())
+    request = BuildRequest.from_json(view.request())
+    _mirror(journal, request, settings)
     with _logged(journal), contextlib.suppress(BuildHeldError):
-        run_build(BuildRequest.from_json(view.request()), settings, journal)
+        run_build(request, settings, journal)
 
 
 def detach(request: BuildRequest, settings: config.Settings) -> Build:
-    """Start a process that runs the build and outlives this one."""
+    """Start a process that runs the build and outlives this one.
+
+    Raises:
+        BuildInProgressError: If another run builds this index.
+        BuildFailedError: If the process does not start, or the build ends at once.
+    """
+    # The other process would find out too, after seconds and in a run of its own.
+    check_index_free(index_dir(settings.data_dir, request.name), request.name)
     journal = _journal(request, settings)
     journal.release()
     folder = journal.folder
@@ -173,8 +218,8 @@ def detach(request: BuildRequest, settings: config.Settings) -> Build:
             env=environment,
             start_new_session=True,
         )
-    # Held until it has ended: a dropped handle of a live process is a warning, and a zombie.
-    _detached[:] = [process, *(other for other in _detached if other.poll() is None)]
+    # Waited for as long as this process lives: else it would stay a zombie once it has ended.
+    threading.Thread(target=process.wait, name=f"end of {folder.name}", daemon=True).start()
     build = Build(RunView(folder), settings)
     deadline = time.monotonic() + DETACH_TIMEOUT_S
     while build.state is RunState.QUEUED:
@@ -194,6 +239,18 @@ def detach(request: BuildRequest, settings: config.Settings) -> Build:
 def _journal(request: BuildRequest, settings: config.Settings) -> RunJournal:
     record = RunRecord(new_run_id(), request.name)
     return RunJournal(runs_dir(settings.data_dir), record, request.to_json())
+
+
+def _mirror(journal: RunJournal, request: BuildRequest, settings: config.Settings) -> None:
+    """Let other machines see a run, if workers may have a part in it."""
+    if request.distributed and settings.distributed_available:
+        # Deferred: a build that stays on this machine needs no client library.
+        from toolkit.cluster.connection import resolve_address
+        from toolkit.cluster.mirror import Background, Mirror
+        from toolkit.cluster.protocol import Keys
+
+        mirror = Mirror(resolve_address(settings), Keys(settings.namespace))
+        journal.add_sink(Background(mirror))
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ The tree::
     │   ├── BuildHeldError          the guard refused to publish
     │   ├── RunCancelledError
     │   └── AccountingError         the books do not add up: a bug, never hidden
+    ├── ClusterError                the cluster of this machine cannot be started or stopped
     ├── StorageError                the disk, or what is written on it
     │   ├── DiskFullError
     │   ├── FormatVersionError
@@ -31,7 +32,10 @@ The tree::
     └── RoadError                   the transport's fault: the only branch that moves work
         ├── ExecutorDiedError
         ├── ExecutorStalledError
-        └── ExecutorUnavailableError
+        ├── ExecutorUnavailableError
+        ├── ServerError             the Redis server cannot be used; says in which way
+        ├── WorkerLostError         a worker vanished with a batch, or the batch on its way
+        └── AnswerError             a worker answered what cannot be believed
 
 Each error passes its arguments to ``super().__init__``, so that it can cross a process
 boundary, and keeps them as attributes.
@@ -203,6 +207,10 @@ class AccountingError(RunError):
     """found ≠ indexed + duplicates + failed + excluded + pending: a bug, never hidden."""
 
 
+class ClusterError(ToolkitError):
+    """The server or the workers of a local cluster cannot be started or stopped."""
+
+
 class StorageError(ToolkitError):
     """Something on disk cannot be written, read, or understood."""
 
@@ -284,3 +292,30 @@ class ExecutorStalledError(RoadError):
 
 class ExecutorUnavailableError(RoadError):
     """No process that could embed can be had."""
+
+
+class ServerError(RoadError):
+    """The Redis server cannot be used.
+
+    Attributes:
+        address: Where it was looked for, without its password.
+        cause: ``refused``, ``unknown-host``, ``unreachable``, ``timeout``, ``password``, ``tls``,
+            ``database``, ``protected``, ``loading``, ``full``, ``read-only``, ``clients`` or
+            ``other``.
+        reason: What happened and the cure, in one sentence.
+    """
+
+    def __init__(self, address: str, cause: str, reason: str) -> None:
+        super().__init__(address, cause, reason)
+        self.address, self.cause, self.reason = address, cause, reason
+
+    def __str__(self) -> str:
+        return f"the Redis server at {self.address} cannot be used: {self.reason}"
+
+
+class WorkerLostError(RoadError):
+    """A worker vanished with a batch, or the batch was lost on its way to one."""
+
+
+class AnswerError(RoadError):
+    """A worker answered what cannot be believed: another encoder, shape, key or length."""

@@ -88,7 +88,7 @@ def import_folder(folder: Path, name: str, settings: Settings, *, replace: bool)
     """
     target = index_dir(settings.data_dir, name)
     target.mkdir(parents=True, exist_ok=True)
-    with index_lock(target, name, "an import"), data_in_use(settings.data_dir):
+    with index_lock(target, name, ""), data_in_use(settings.data_dir):
         return _import(folder, target, name, settings, replace=replace)
 
 

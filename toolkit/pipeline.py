@@ -17,9 +17,9 @@ from typing import Any
 
 from toolkit.catalog import open_catalog, transaction
 from toolkit.config import Settings
-from toolkit.dispatch.base import Executor
 from toolkit.dispatch.dispatcher import Dispatcher
-from toolkit.dispatch.local import LocalExecutor, warm_executor
+from toolkit.dispatch.local import warm_executor
+from toolkit.dispatch.roads import Roads
 from toolkit.embedding.spec import EncoderRequest, EncoderSpec, SpecCache
 from toolkit.embedding.store import SegmentWriter, VectorStore
 from toolkit.embedding.weights import find_weights
@@ -28,7 +28,6 @@ from toolkit.errors import (
     BuildHeldError,
     DamagedIndexError,
     DiskFullError,
-    ExecutorUnavailableError,
     IndexConflictError,
     IndexNotFoundError,
     RunCancelledError,
@@ -47,15 +46,10 @@ from toolkit.places import data_in_use, index_dir, index_lock, runs_dir
 from toolkit.planning import Losses, Plan
 from toolkit.records import Failed, FailureKind, Item, Outcome
 from toolkit.request import BuildRequest, PlanReport
-from toolkit.run_record import RunState
+from toolkit.run_record import LEAST_IMAGES, RunState
+from toolkit.text import fallback_text
 
 logger = logging.getLogger(__name__)
-
-#: Images of one batch. A death repeats at most one.
-BATCH_ITEMS = 64
-
-#: Why a build that may use workers does not.
-NO_WORKERS = "no workers: this release embeds locally"
 
 #: Share by which free space must exceed what a build will write.
 SPACE_MARGIN = 1.2
@@ -144,6 +138,7 @@ class _Build:
         self._scan = Scan(catalog, request.sources)
         self._reread: set[int] = set()
         self._embedded = 0
+        self._told_at = 0.0
         if journal is not None:
             self._journal = journal
         self._previous: IndexVersion | None = None
@@ -268,64 +263,82 @@ class _Build:
     def _embed(self, plan: Plan, spec: EncoderSpec, total: int) -> None:
         if not total:
             return
-        store = VectorStore(self._db, self._settings.data_dir, spec)
+        store, journal = VectorStore(self._db, self._settings.data_dir, spec), self._journal
+        journal.stage("load")
         with (
-            warm_executor(self._request.encoder, self._settings) as executor,
-            store.writer(self._journal.record.run_id) as writer,
+            Roads(
+                self._request.encoder,
+                spec,
+                self._settings,
+                journal.record.run_id,
+                distributed=self._request.distributed,
+                on_move=self._note_move,
+                cancelled=lambda: journal.is_cancelled,
+            ) as roads,
+            store.writer(journal.record.run_id) as writer,
         ):
-            self._announce(executor, spec, total)
+            roads.open()
+            self._stop_if_cancelled()
+            journal.stage("embed", total)
+            self._told_at = time.monotonic()
             # Again until nothing is left: a file that changed under the build, or whose copy
             # failed, comes back with what is known of it now.
-            while plan.n_to_embed():
-                self._dispatch(plan, executor, store, writer, spec)
+            while n_left := plan.n_to_embed():
+                self._dispatch(plan, roads, store, writer, spec, n_left)
                 # What one file was found to be, its copies are as well.
                 plan.apply_failures()
 
-    def _announce(self, executor: LocalExecutor, spec: EncoderSpec, total: int) -> None:
-        if self._request.distributed == "require":
-            raise ExecutorUnavailableError(f"{NO_WORKERS}; build without --require-workers")
-        self._journal.stage("load")
-        if executor.start().fingerprint != spec.fingerprint:
-            raise BuildFailedError(
-                f"the weights of {self._request.encoder.model} changed while the build began; "
-                "build again",
-                self._journal.record.run_id,
-            )
-        if self._request.distributed:
-            self._journal.record.fallback_reason = NO_WORKERS
-        self._journal.record.road = executor.road
-        self._journal.record.device = executor.device
-        self._journal.event("road", road=executor.road, device=executor.device)
-        logger.info(
-            "run %s embeds on the road %s, device %s",
-            *(self._journal.record.run_id, executor.road, executor.device),
-        )
-        self._journal.stage("embed", total)
+    def _note_move(self, before: str | None, road: str, device: str, reason: str | None) -> None:
+        """Write down which road is taken from now on, and why."""
+        record, journal = self._journal.record, self._journal
+        record.road, record.device = road, device
+        journal.event("road", road=road, device=device, before=before, reason=reason)
+        eta_s = [self._eta_s(name) for name in ("workers" if before is None else before, road)]
+        if before is not None:
+            move = {"at": time.time(), "from": before, "to": road, "reason": reason}
+            record.moves.append({**move, "batches": record.batches[before], "eta_s": eta_s})
+        if reason is not None:
+            record.fallback_reason = record.fallback_reason or reason
+            logger.warning("run %s: %s", record.run_id, fallback_text(reason, eta_s))
+        else:
+            logger.info("run %s embeds on the road %s, %s", record.run_id, road, device)
+        journal.write()
+
+    def _eta_s(self, road: str) -> float | None:
+        """Seconds that what is left would take on a road, as far as anything tells."""
+        record = self._journal.record
+        rate = record.rate(road) or last_rate(self._settings.data_dir, record.encoder, road)
+        return record.accounting.pending / rate if rate else None
 
     def _dispatch(
         self,
         plan: Plan,
-        executor: Executor,
+        roads: Roads,
         store: VectorStore,
         writer: SegmentWriter,
         spec: EncoderSpec,
+        n_items: int,
     ) -> None:
         journal = self._journal
         dispatcher = Dispatcher(
-            executor,
-            spec.fingerprint,
-            cancelled=lambda: journal.is_cancelled,
+            roads,
+            spec,
+            max_retries=self._settings.celery_max_retries,
+            cancelled=lambda: journal.is_cancelled or roads.workers_cancelled,
             on_loss=lambda reason, n: journal.event("lost", reason=reason, suspects=n),
         )
-        for outcome in dispatcher.run(_cut(self._wanted(plan, store), executor.batch_bytes)):
+        for road, outcome in dispatcher.run(self._wanted(plan, store), n_items):
             point("after-embed")
             self._store(plan, writer, outcome)
-            journal.record.batches[executor.road] += 1
-            self._tell(len(outcome.embedded), len(outcome.failed))
+            journal.record.batches[road] += 1
+            self._tell(road, len(outcome.embedded), len(outcome.failed))
 
-    def _tell(self, n_embedded: int, n_failed: int) -> None:
+    def _tell(self, road: str, n_embedded: int, n_failed: int) -> None:
         """The books while they are open: what has a vector counts as indexed."""
-        record = self._journal.record
+        record, now = self._journal.record, time.monotonic()
+        record.images[road] = record.images.get(road, 0) + n_embedded
+        record.road_seconds[road] = record.road_seconds.get(road, 0.0) + now - self._told_at
+        self._told_at = now
         books = record.accounting
         books.embedded = self._embedded
         books.pending -= n_embedded + n_failed
@@ -459,25 +472,21 @@ class _Build:
         return published == (digest, spec.fingerprint, self._request.dtype, kept)
 
 
-def last_rate(data_dir: Path, encoder: str) -> float | None:
-    """Images per second of the newest run that embedded enough with an encoder to tell."""
+def last_rate(data_dir: Path, encoder: str, road: str | None = None) -> float | None:
+    """Images per second of the newest run that embedded enough with an encoder to tell.
+
+    Args:
+        data_dir: The data folder.
+        encoder: In words, as the record has it.
+        road: The road meant, ``None`` for whatever that run took.
+    """
     for view in list_runs(runs_dir(data_dir)):
         with contextlib.suppress(RunNotFoundError):
             record = view.record()
-            if record.encoder == encoder and record.accounting.embedded >= BATCH_ITEMS:
+            if record.encoder != encoder:
+                continue
+            if road is not None and (rate := record.rate(road)):
+                return rate
+            if road is None and record.accounting.embedded >= LEAST_IMAGES:
                 return record.accounting.embedded / max(record.embed_seconds, 1e-3)
     return None
-
-
-def _cut(items: Iterator[Item], batch_bytes: int) -> Iterator[tuple[Item, ...]]:
-    """Groups of up to :data:`BATCH_ITEMS` items and ``batch_bytes`` bytes; one item at least."""
-    group: list[Item] = []
-    size = 0
-    for item in items:
-        if group and (len(group) == BATCH_ITEMS or size + item.size > batch_bytes):
-            yield tuple(group)
-            group, size = [], 0
-        group.append(item)
-        size += item.size
-    if group:
-        yield tuple(group)

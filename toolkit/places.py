@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from toolkit.errors import BuildInProgressError, SettingError
 
@@ -18,6 +18,9 @@ if sys.platform != "win32":
 
 #: Longest name of an index, in bytes of the folder's name.
 MAX_NAME_BYTES = 200
+
+#: Seconds that a writer waits for somebody who only looks whether the index is free.
+LOOK_S = 0.2
 
 
 def index_dir(data_dir: Path, name: str) -> Path:
@@ -46,7 +49,23 @@ def index_lock(folder: Path, name: str, run_id: str) -> Iterator[None]:
     Raises:
         BuildInProgressError: If another run is.
     """
-    lock, note = FileLock(folder / "build.lock", timeout=0), folder / "build.run"
+    with _acquired(folder, name, LOOK_S):
+        (folder / "build.run").write_text(run_id, encoding="utf-8")
+        yield
+
+
+def check_index_free(folder: Path, name: str) -> None:
+    """Make sure that nobody writes an index just now.
+
+    Raises:
+        BuildInProgressError: If a run does.
+    """
+    if folder.is_dir():
+        _acquired(folder, name, 0).release()
+
+
+def _acquired(folder: Path, name: str, timeout_s: float) -> BaseFileLock:
+    lock, note = FileLock(folder / "build.lock", timeout=timeout_s), folder / "build.run"
     try:
         lock.acquire()
     except Timeout:
@@ -57,9 +76,7 @@ def index_lock(folder: Path, name: str, run_id: str) -> Iterator[None]:
             f"for it{cure}",
             other,
         ) from None
-    with lock:
-        note.write_text(run_id, encoding="utf-8")
-        yield
+    return lock
 
 
 @contextlib.contextmanager

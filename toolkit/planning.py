@@ -216,12 +216,12 @@ class Plan:
         )
         last = 0
         query = (
-            "SELECT t.place, s.id, s.path, s.size, s.image_key FROM temp.todo AS t"
+            "SELECT t.place, s.id, s.path, s.size, s.image_key, s.probe FROM temp.todo AS t"
             " JOIN temp.scan AS s USING (id) WHERE t.place > ? ORDER BY t.place LIMIT ?"
         )
         while rows := self._db.execute(query, (last, _CHUNK)).fetchall():
-            for _, item_id, path, size, key in rows:
-                yield Item(item_id, path, size, key)
+            for _, *columns in rows:
+                yield Item(*columns)
             last = rows[-1][0]
 
     @property

@@ -67,23 +67,25 @@ class Item:
         path: Where it lies, as the bytes of the file system.
         size: Bytes, as the scan saw it; batches are cut by it.
         key: Content key when the client knows it already, else ``None``.
+        probe: Digest of size and both ends, as the scan saw them: who reads the file tells
+            by it that this is another one, where its content is not known.
     """
 
     id: int
     path: bytes
     size: int
     key: bytes | None = None
+    probe: bytes | None = None
 
     def to_json(self) -> list[Any]:
         """The compact JSON form."""
-        return [self.id, self.path.hex(), self.size, _hex(self.key)]
+        return [self.id, self.path.hex(), self.size, _hex(self.key), _hex(self.probe)]
 
     @classmethod
     def from_json(cls, value: list[Any]) -> Item:
         """Read back :meth:`to_json`."""
-        item_id, path, size, key = value
-        key = bytes.fromhex(key) if key is not None else None
-        return cls(int(item_id), bytes.fromhex(path), int(size), key)
+        item_id, path, size, key, probe = value
+        return cls(int(item_id), bytes.fromhex(path), int(size), _unhex(key), _unhex(probe))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -174,6 +176,11 @@ class Outcome:
     vectors: NDArray[np.float32]
     seconds: float = 0.0
 
+    @classmethod
+    def empty(cls, batch_id: int, fingerprint: str, failed: tuple[Failed, ...] = ()) -> Outcome:
+        """An answer that holds no vector."""
+        return cls(batch_id, fingerprint, (), failed, np.empty((0, 0), np.float32))
+
     def to_json(self) -> dict[str, Any]:
         """Everything but the vectors."""
         return {
@@ -237,6 +244,10 @@ def show_path(path: bytes) -> str:
 
 def _hex(key: bytes | None) -> str | None:
     return key.hex() if key is not None else None
+
+
+def _unhex(text: str | None) -> bytes | None:
+    return bytes.fromhex(text) if text is not None else None
 
 
 def _stat_json(stat: FileStat | None) -> list[int] | None:

@@ -8,9 +8,29 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import types
+import typing
+from collections.abc import Mapping
 from typing import Any
 
 from toolkit.errors import AccountingError
+
+#: Images over which a rate is worth telling.
+LEAST_IMAGES = 64
+
+#: Bounds of what a sound record counts, and of its times in seconds since the epoch.
+MOST_COUNT, MOST_TIME_S = 1e15, 1e11
+
+#: Attributes of a record and keys of a move that are points in time.
+_TIMES = ("at", "started", "updated", "ended", "stage_started")
+
+#: What a move says; see :attr:`RunRecord.moves`.
+_MOVE: dict[str, Any] = {
+    "at": float,
+    **dict.fromkeys(("from", "to", "reason"), str),
+    "batches": int,
+    "eta_s": tuple[float | None, float | None],
+}
 
 
 class RunState(enum.StrEnum):
@@ -115,7 +135,10 @@ class RunRecord:
         embed_seconds: Wall time of the embedding stage.
         excluded_by: Files left out, by rule.
         batches: How many each road did.
-        moves: When work moved from one road to another, and why.
+        images: How many each road embedded.
+        road_seconds: Wall time during which each road was the one taken.
+        moves: When work moved from one road to another: ``at``, ``from``, ``to``, ``reason``,
+            ``batches`` that the road left behind had done, ``eta_s`` before and after.
         fallback_reason: The first reason for not using workers, or ``None``.
         recall_at_10: Of the published index, or ``None``.
         losses: When held: images that would be removed, and files that newly fail.
@@ -142,6 +165,8 @@ class RunRecord:
     accounting: Accounting = dataclasses.field(default_factory=Accounting)
     excluded_by: dict[str, int] = dataclasses.field(default_factory=dict)
     batches: dict[str, int] = dataclasses.field(default_factory=lambda: {"workers": 0, "local": 0})
+    images: dict[str, int] = dataclasses.field(default_factory=dict)
+    road_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     moves: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     fallback_reason: str | None = None
     recall_at_10: float | None = None
@@ -151,10 +176,20 @@ class RunRecord:
     @property
     def progress(self) -> Progress:
         """How far the stage is, at the rate since it began."""
-        elapsed = self.updated - self.stage_started
+        return self.progress_after(0.0)
+
+    def progress_after(self, silent_s: float) -> Progress:
+        """How far it is if nothing came of it for so many seconds since its last write."""
+        elapsed = self.updated + silent_s - self.stage_started
         rate = self.done / elapsed if elapsed > 0 and self.stage_started else 0.0
         eta = max(0, self.total - self.done) / rate if rate and self.total else None
         return Progress(self.state, self.stage, self.done, self.total, rate, eta)
+
+    def rate(self, road: str) -> float | None:
+        """Images per second on a road, where enough went over it to tell."""
+        seconds = self.road_seconds.get(road, 0.0)
+        n = self.images.get(road, 0)
+        return n / seconds if seconds and n >= LEAST_IMAGES else None
 
     @property
     def seconds(self) -> float:
@@ -185,6 +220,18 @@ class RunRecord:
             "error": self.error,
         }
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether every part is of its kind and within bounds, whoever wrote it."""
+        own = {name: getattr(self, name) for name in _KINDS}
+        books = {name: getattr(self.accounting, name) for name in _BOOKS}
+        return (
+            _fit(own, _KINDS)
+            and _fit(books, _BOOKS)
+            and all(_fit(move, _MOVE) for move in self.moves)
+            and self.batches.keys() >= {"workers", "local"}
+        )
+
     def to_json(self) -> dict[str, Any]:
         """The JSON form."""
         return dataclasses.asdict(self)
@@ -199,3 +246,34 @@ class RunRecord:
         figures = {name: n for name, n in known["accounting"].items() if name in books}
         known["accounting"] = Accounting(**figures)
         return cls(**known)
+
+
+_KINDS, _BOOKS = typing.get_type_hints(RunRecord), typing.get_type_hints(Accounting)
+
+
+def _fit(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> bool:
+    return all(_fits(values[name], kinds[name], name) for name in values.keys() & kinds.keys())
+
+
+def _fits(value: Any, kind: Any, name: str = "") -> bool:
+    """Whether a value that was read from JSON is what an annotation says."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return True
+    if origin is types.UnionType:
+        return any(_fits(value, part, name) for part in parts)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            _fits(key, parts[0]) and _fits(item, parts[1]) for key, item in value.items()
+        )
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, parts[0]) for item in value)
+    if origin is tuple:
+        is_long_enough = isinstance(value, list | tuple) and len(value) == len(parts)
+        return is_long_enough and all(map(_fits, value, parts))
+    if kind in (int, float):
+        most = MOST_TIME_S if name in _TIMES else MOST_COUNT
+        # What was measured with a clock that was set back meanwhile is less than nothing.
+        least = -most if kind is float and name not in _TIMES else 0
+        return type(value) in (int, kind) and least <= value < most
+    return isinstance(value, kind)

@@ -16,7 +16,7 @@ from toolkit.config import Settings
 from toolkit.embedding.spec import IMPORTED, EncoderRequest, EncoderSpec
 from toolkit.errors import EncoderMismatchError, IndexNotFoundError, QueryError
 from toolkit.hits import Hit, Hits
-from toolkit.images.decode import image_key
+from toolkit.images.identity import image_key
 from toolkit.index import curate, quality
 from toolkit.index.items import ItemRow
 from toolkit.index.version import IndexVersion, open_current

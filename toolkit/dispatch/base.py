@@ -10,14 +10,23 @@ import dataclasses
 from typing import Protocol, TypeAlias
 
 from toolkit.errors import RoadError
-from toolkit.records import Batch, Outcome
+from toolkit.records import Batch, Item, Outcome
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Finished:
-    """A batch was answered."""
+    """A batch was answered.
+
+    Attributes:
+        outcome: The answer.
+        again: Items it does not answer, because this road could not see them as they were
+            sent; it can now.
+        elsewhere: Items it does not answer, which this road cannot take at all.
+    """
 
     outcome: Outcome
+    again: tuple[Item, ...] = ()
+    elsewhere: tuple[Item, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -28,11 +37,14 @@ class Lost:
         batch_id: The batch.
         suspects: Ids of the items that were begun and not finished.
         error: What happened to the process that had it.
+        is_innocent: Whether no image can have done it: the way there broke, not the process
+            that embeds.
     """
 
     batch_id: int
     suspects: frozenset[int]
     error: RoadError
+    is_innocent: bool = False
 
 
 Event: TypeAlias = Finished | Lost
@@ -43,13 +55,23 @@ class Executor(Protocol):
 
     Attributes:
         road: Name in the accounting: ``local`` or ``workers``.
-        window: Batches it wants in flight at once.
-        batch_bytes: File bytes above which a batch is cut.
+        is_shared: Whether all batches in flight go down with the process that one kills.
     """
 
     road: str
-    window: int
-    batch_bytes: int
+    is_shared: bool
+
+    @property
+    def window(self) -> int:
+        """Batches it wants in flight at once; 0 while it can do nothing."""
+
+    @property
+    def n_processes(self) -> int:
+        """Batches it embeds at once; near the end of a run they should be of one size."""
+
+    @property
+    def batch_bytes(self) -> int:
+        """File bytes above which a batch is cut."""
 
     def submit(self, batch: Batch) -> None:
         """Take a batch; it will be answered by :meth:`events`.

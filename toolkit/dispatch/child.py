@@ -1,7 +1,7 @@
 """The embedding child: one process that turns pictures into vectors for its parent.
 
 Law: it lives in its own session, so an Interrupt does not reach it; it ends when its parent
-does, or when nothing was asked of it for :data:`IDLE_EXIT_S`. Its parent may kill it at any
+does, or when nothing was asked of it for as long as its parent said. Its parent may kill it at any
 moment and loses no more than what was in flight.
 """
 
@@ -25,9 +25,6 @@ from toolkit.records import Batch
 if TYPE_CHECKING:
     from toolkit.embedding.encoder import Encoder
 
-#: Seconds without a question after which the child ends by itself: it holds a model in memory.
-IDLE_EXIT_S = 600.0
-
 
 class _Child:
     def __init__(self, questions: IO[bytes], answers: IO[bytes]) -> None:
@@ -43,6 +40,7 @@ class _Child:
         threading.Thread(target=self._listen, daemon=True).start()
         question = self._to_load.get()
         threads, max_pixels = question["threads"], question["max_pixels"]
+        idle_exit_s = question["idle_exit_s"]
         try:
             encoder = _load(question)
         except ToolkitError as error:
@@ -50,10 +48,11 @@ class _Child:
             self._say({"type": "error", "class": type(error).__name__, "args": args})
             return
         runner = self._runner = Runner(encoder, decode_threads=threads, max_pixels=max_pixels)
-        self._say({"type": "ready", "spec": encoder.spec.to_json(), "device": encoder.device})
+        ready = {"type": "ready", "spec": encoder.spec.to_json(), "device": encoder.device}
+        self._say(ready, encoder.golden.astype("<f4").tobytes())
         while True:
             try:
-                batch, blobs = self._batches.get(timeout=IDLE_EXIT_S)
+                batch, blobs = self._batches.get(timeout=idle_exit_s)
             except queue.Empty:
                 return
             self._stored.acquire()
@@ -81,6 +80,7 @@ class _Child:
                     batch = Batch.from_json(question["batch"])
                     given = dict(zip(question["blob_ids"], blobs, strict=True))
                     if self._runner is not None:
+                        self._runner.max_pixels = question["max_pixels"]
                         self._runner.prefetch(batch, self._progress, blobs=given)
                     self._batches.put((batch, given))
 

@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from toolkit import errors
 from toolkit.config import Settings
 from toolkit.dispatch.base import Event, Finished, Lost
@@ -42,6 +44,9 @@ LOAD_TIMEOUT_S = 900.0
 #: the work that one death repeats counts.
 BATCH_BYTES = 64 << 20
 
+#: Seconds without a question after which a child ends by itself: it holds a model in memory.
+IDLE_EXIT_S = 600.0
+
 #: Set in the environment of every child.
 _IN_CHILD = "TOOLKIT_IN_CHILD"
 
@@ -54,23 +59,37 @@ class LocalExecutor:
     Args:
         request: The encoder the child loads.
         settings: ``data_dir``, ``device``, ``threads``, ``max_pixels`` and ``stall_s``.
+        idle_exit_s: Seconds without a batch after which the child ends; ``None``: never.
     """
 
     road = "local"
+    is_shared = True
     #: One batch is computed while the next one is decoded.
     window = 2
+    n_processes = 1
     batch_bytes = BATCH_BYTES
 
-    def __init__(self, request: EncoderRequest, settings: Settings) -> None:
+    def __init__(
+        self,
+        request: EncoderRequest,
+        settings: Settings,
+        *,
+        idle_exit_s: float | None = IDLE_EXIT_S,
+    ) -> None:
         self._request, self._settings = request, settings
+        self._idle_exit_s = idle_exit_s
         self._process: subprocess.Popen[bytes] | None = None
         self._frames: queue.SimpleQueue[_Frame] = queue.SimpleQueue()
         self._in_flight: dict[int, Batch] = {}
         self._begun: set[int] = set()
         self._unacknowledged = 0
+        #: Items that were decoded, or failed, since nothing was in flight.
+        self.n_done = 0
         self._last_sign = time.monotonic()
         self._spec: EncoderSpec | None = None
         self.device = ""
+        #: What the child makes of the golden pictures, float32 of shape ``(n, dim)``.
+        self.golden = np.empty((0, 0), np.float32)
 
     @property
     def log_path(self) -> Path:
@@ -116,10 +135,22 @@ class LocalExecutor:
             raise _rebuilt(frame[0])
         self._spec = EncoderSpec.from_json(frame[0]["spec"])
         self.device = frame[0]["device"]
+        self.golden = np.frombuffer(frame[1][0], "<f4").reshape(-1, self._spec.dim)
         return self._spec
 
-    def submit(self, batch: Batch, blobs: Mapping[int, bytes] | None = None) -> None:
-        """Take a batch; ``blobs`` are the bytes of items that have no file.
+    def submit(
+        self,
+        batch: Batch,
+        blobs: Mapping[int, bytes] | None = None,
+        *,
+        max_pixels: int | None = None,
+    ) -> None:
+        """Take a batch.
+
+        Args:
+            batch: What to embed.
+            blobs: The bytes of items that have no file here.
+            max_pixels: The limit of whoever asks, when it is another than in the settings.
 
         Raises:
             ExecutorUnavailableError: If no child can be had.
@@ -127,9 +158,14 @@ class LocalExecutor:
         blobs = blobs or {}
         self.start()
         if not self._in_flight:
-            self._last_sign = time.monotonic()
+            self._last_sign, self.n_done = time.monotonic(), 0
         self._in_flight[batch.id] = batch
-        head = {"type": "batch", "batch": batch.to_json(), "blob_ids": list(blobs)}
+        head = {
+            "type": "batch",
+            "batch": batch.to_json(),
+            "blob_ids": list(blobs),
+            "max_pixels": max_pixels or self._settings.max_pixels,
+        }
         self._ask(head, list(blobs.values()))
 
     def events(self, timeout_s: float) -> list[Event]:
@@ -142,9 +178,11 @@ class LocalExecutor:
             stalls = self._last_sign + self._settings.stall_s
             now = time.monotonic()
             if now >= stalls:
-                return self._lose(
-                    ExecutorStalledError(f"no progress for {self._settings.stall_s:g} s")
-                )
+                return [
+                    *self._lose(
+                        ExecutorStalledError(f"no progress for {self._settings.stall_s:g} s")
+                    )
+                ]
             try:
                 frame = self._frames.get(timeout=max(0.0, min(deadline, stalls) - now))
             except queue.Empty:
@@ -156,9 +194,15 @@ class LocalExecutor:
                 return event
         return []
 
+    def give_up(self, error: RoadError) -> list[Lost]:
+        """Stop the child over what it has in flight, which is lost for the reason given."""
+        return self._lose(error)
+
     def close(self) -> None:
         """Stop the child; batches in flight are dropped."""
         self._kill()
+        self._in_flight.clear()
+        self._begun.clear()
 
     def embed(self, items: Batch, blobs: Mapping[int, bytes]) -> Outcome:
         """Run one batch alone, for a query: wait for it and give its outcome.
@@ -176,13 +220,14 @@ class LocalExecutor:
     def _take(self, frame: _Frame) -> list[Event]:
         self._last_sign = time.monotonic()
         if frame is None:
-            return self._lose(ExecutorDiedError(self._how_it_ended()))
+            return [*self._lose(ExecutorDiedError(self._how_it_ended()))]
         head, blobs = frame
         if head["type"] == "stamp":
             if head["stage"] == "start":
                 self._begun.add(head["item"])
             elif head["stage"] == "done":
                 self._begun.discard(head["item"])
+                self.n_done += 1
                 point("after-decode")
             return []
         outcome = Outcome.from_json(head, blobs[0])
@@ -190,9 +235,9 @@ class LocalExecutor:
         self._unacknowledged += 1
         return [Finished(outcome)]
 
-    def _lose(self, error: RoadError) -> list[Event]:
+    def _lose(self, error: RoadError) -> list[Lost]:
         self._kill()
-        lost: list[Event] = [
+        lost = [
             Lost(batch.id, frozenset(i.id for i in batch.items if i.id in self._begun), error)
             for batch in self._in_flight.values()
         ]
@@ -234,6 +279,7 @@ class LocalExecutor:
                 "threads": self._settings.threads,
                 "batch_size": self._settings.batch_size,
                 "max_pixels": self._settings.max_pixels,
+                "idle_exit_s": self._idle_exit_s,
             }
         )
 

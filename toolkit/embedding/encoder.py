@@ -55,6 +55,7 @@ class Encoder:
 
     Attributes:
         spec: What it is; its fingerprint names the vectors.
+        golden: Its vectors of the golden pictures, float32 of shape ``(n, dim)``.
         device: A torch device, resolved.
         micro_batch: Images that go through the model at once.
         n_lanes: Runs of the model side by side.
@@ -70,6 +71,7 @@ class Encoder:
     ) -> None:
         self.spec, self.device = spec, device
         is_cpu = device == "cpu"
+        self.golden = np.empty((0, spec.dim), np.float32)
         self.micro_batch = batch_size or (CPU_MICRO_BATCH if is_cpu else ACCELERATOR_MICRO_BATCH)
         self.n_lanes = threads if is_cpu else 1
         # The number of threads is a matter of each thread, too.
@@ -121,7 +123,7 @@ class Encoder:
             spec, _fast(model, spec.preprocessing.input_size), device, threads, batch_size
         )
         pictures = np.stack([encoder.prepare(picture) for picture in golden_pictures()])
-        golden = encoder.encode(pictures)
+        encoder.golden = golden = encoder.encode(pictures)
         if not np.isfinite(golden).all():
             raise ModelError(
                 f"{request.model} gives vectors that are not finite; use other weights"

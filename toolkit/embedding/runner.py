@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from toolkit.embedding.spec import EncoderSpec
 from toolkit.errors import ChangedError, DecodeError, RunCancelledError, UnreadableError
-from toolkit.images.decode import decode, image_key, read_file
+from toolkit.images.decode import decode, read_file
+from toolkit.images.identity import image_key, probe_of
 from toolkit.records import Batch, Embedded, Failed, FailureKind, FileStat, Item, Outcome, show_path
 
 if TYPE_CHECKING:
@@ -80,15 +81,17 @@ _Decoded = Future[_Ready | Failed]
 class Runner:
     """Embeds batches with one encoder, one after the other.
 
+    Attributes:
+        max_pixels: Pictures with more are refused.
+
     Args:
         encoder: The loaded model.
         decode_threads: Threads that read and decode.
-        max_pixels: Pictures with more are refused.
     """
 
     def __init__(self, encoder: PixelEncoder, *, decode_threads: int, max_pixels: int) -> None:
         self._encoder = encoder
-        self._max_pixels = max_pixels
+        self.max_pixels = max_pixels
         self._pool = ThreadPoolExecutor(decode_threads, "decode")
         self._memory = _Memory(decode_threads)
         self._ahead: dict[Batch, list[_Decoded]] = {}
@@ -155,13 +158,13 @@ class Runner:
         try:
             if item.size <= LARGE_BYTES:
                 with self._memory.share():
-                    limit = min(LARGE_PIXELS, self._max_pixels)
+                    limit = min(LARGE_PIXELS, self.max_pixels)
                     answer = self._attempt(item, blob, limit)
                 may_be_large = isinstance(answer, Failed) and answer.kind is FailureKind.DECODE
-                if not may_be_large or limit == self._max_pixels:
+                if not may_be_large or limit == self.max_pixels:
                     return answer
             with self._memory.take_all():
-                return self._attempt(item, blob, self._max_pixels)
+                return self._attempt(item, blob, self.max_pixels)
         finally:
             progress(item.id, "done")
 
@@ -170,7 +173,7 @@ class Runner:
         try:
             data, stat = (blob, None) if blob is not None else _read(item)
             key = image_key(data)
-            if item.key not in (None, key):
+            if not _is_what_was_seen(item, data, key, by_path=blob is None):
                 raise ChangedError(
                     f"{show_path(item.path)} changed while being read: it is no longer what the "
                     "scan saw; the next build tries it again"
@@ -293,8 +296,16 @@ def _read(item: Item) -> tuple[bytes, FileStat]:
     """The content of a file, read once more where it is not what the scan saw."""
     try:
         data, stat = read_file(item.path)
-        if item.key in (None, image_key(data)):
+        if _is_what_was_seen(item, data, image_key(data), by_path=True):
             return data, stat
     except ChangedError:
         pass  # whoever writes to it may be done by now
     return read_file(item.path)
+
+
+def _is_what_was_seen(item: Item, data: bytes, key: bytes, *, by_path: bool) -> bool:
+    """Whether this is the content that the scan saw, as far as the scan could tell."""
+    if item.key is not None:
+        return item.key == key
+    # What comes as bytes comes from the one who scanned.
+    return not by_path or item.probe is None or item.probe == probe_of(data)

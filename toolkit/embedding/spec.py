@@ -238,14 +238,24 @@ class SpecCache:
         """
         for revision in itertools.count():
             candidate = dataclasses.replace(spec, revision=revision)
-            place = self._folder / f"golden-{candidate.fingerprint}.json"
-            record = read_json(place)
-            if not record:
-                write_json(place, {"device": device, "vectors": golden.tolist()})
+            known = self.golden(candidate)
+            if known is None:
+                record = {"device": device, "vectors": golden.tolist()}
+                write_json(self._golden_place(candidate), record)
                 return candidate
-            if _agree(np.array(record["vectors"]), golden, {device, record["device"]} == {"cpu"}):
+            if agree(known[0], golden, {device, known[1]}):
                 return candidate
         raise AssertionError("count() does not end")
+
+    def golden(self, spec: EncoderSpec) -> tuple[NDArray[np.float32], str] | None:
+        """The vectors of the golden pictures that settled a spec, and the device they are from."""
+        record = read_json(self._golden_place(spec))
+        if not record:
+            return None
+        return np.array(record["vectors"], np.float32), str(record["device"])
+
+    def _golden_place(self, spec: EncoderSpec) -> Path:
+        return self._folder / f"golden-{spec.fingerprint}.json"
 
     def _place(self, request: EncoderRequest, weights: WeightsFile | None) -> Path:
         question = {
@@ -275,12 +285,20 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def _agree(a: NDArray[np.float64], b: NDArray[np.float32], is_exact: bool) -> bool:
-    if a.shape != b.shape:
+def agree(a: NDArray[np.float32], b: NDArray[np.float32], devices: set[str]) -> bool:
+    """Whether two sets of vectors are those of one encoder.
+
+    Args:
+        a: Vectors of length 1, shape ``(n, dim)``.
+        b: The same pictures' vectors.
+        devices: Kinds of device that made them: processors must agree to
+            :data:`EXACT_TOLERANCE` a component, accelerators to :data:`LEAST_COSINE`.
+    """
+    if a.shape != b.shape or not np.isfinite(b).all():
         return False
-    if is_exact:
+    if devices == {"cpu"}:
         return float(np.abs(a - b).max()) <= EXACT_TOLERANCE
-    return float((a * b).sum(axis=1).min()) >= LEAST_COSINE
+    return float((a.astype(np.float64) * b).sum(axis=1).min()) >= LEAST_COSINE
 
 
 def _digest(value: object) -> str:

@@ -26,7 +26,7 @@ import numpy as np
 from toolkit.errors import ChangedError, DecodeError, UnreadableError
 from toolkit.records import FileStat, show_path
 
-# Pillow and xxhash are imported inside the functions that use them: the scan takes only
+# Pillow is imported inside the functions that use them: the scan takes only
 # IMAGE_SUFFIXES from this room.
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -63,13 +63,6 @@ class Picture:
     width: int
     height: int
     format: str
-
-
-def image_key(data: bytes) -> bytes:
-    """The content key of an image: xxh3_128 of all its bytes, 16 bytes, big-endian."""
-    import xxhash  # Deferred: see the top.
-
-    return xxhash.xxh3_128_digest(data)
 
 
 def read_file(path: bytes) -> tuple[bytes, FileStat]:

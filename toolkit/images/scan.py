@@ -22,11 +22,9 @@ from typing import NamedTuple, TypeVar
 import xxhash
 
 from toolkit.images.datasets import Source
+from toolkit.images.identity import PROBE_BYTES, image_key, probe_of_ends
 from toolkit.images.walk import RULE_LIMIT, RULE_TWICE, Excluded, Found, Rules, Unreadable, walk
 from toolkit.records import FailureKind, FileStat
-
-#: Bytes read at each end of a file to tell it from others.
-PROBE_BYTES = 64 << 10
 
 #: A file that changed less than this before it was seen may change again unnoticed: the
 #: clocks of file systems tick that coarsely (FAT: 2 s).
@@ -256,11 +254,10 @@ def _probe(path: bytes) -> _Reading:
             seen = FileStat.of(os.fstat(file.fileno()))
             head = file.read(PROBE_BYTES)
             if seen.size <= PROBE_BYTES:
-                key = xxhash.xxh3_128_digest(head)
-                return _Reading(seen, _mixed(len(head), head, b""), key)
+                return _Reading(seen, probe_of_ends(len(head), head, b""), image_key(head))
             # From the start: a file that has become shorter must not make this an error.
             file.seek(seen.size - PROBE_BYTES)
-            return _Reading(seen, _mixed(seen.size, head, file.read(PROBE_BYTES)), None)
+            return _Reading(seen, probe_of_ends(seen.size, head, file.read(PROBE_BYTES)), None)
     except OSError as error:
         return _failed(error)
 
@@ -292,10 +289,6 @@ def _open_regular(path: str, flags: int) -> int:
         os.close(handle)
         raise OSError("is not a regular file")
     return handle
-
-
-def _mixed(size: int, head: bytes, tail: bytes) -> bytes:
-    return xxhash.xxh3_128_digest(size.to_bytes(8, "little") + head + tail)
 
 
 def _chunks(items: Iterable[T], n: int) -> Iterator[list[T]]:

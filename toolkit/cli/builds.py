@@ -1,103 +1,18 @@
-"""The command line: parse, call, print, exit code.
-
-Exit codes: 0 done, 1 the work failed or was cancelled, 2 wrong use, 130 interrupted.
-"""
+"""Commands that build, watch and search indexes."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-import logging
-import os
-import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
-from toolkit import config, display
-from toolkit.errors import RunError, ToolkitError, UsageError
-
-#: Exit code of a process that Ctrl-C ended, as shells have it.
-EXIT_INTERRUPTED = 130
-
-
-class _Cli(click.Group):
-    """Turns this package's errors into one sentence and an exit code."""
-
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run, print what went wrong, exit."""
-        kwargs["standalone_mode"] = False
-        try:
-            result = super().main(*args, **kwargs)
-            sys.exit(result if isinstance(result, int) else 0)
-        except click.ClickException as error:
-            error.show()
-            sys.exit(error.exit_code)
-        except (KeyboardInterrupt, click.Abort):
-            click.echo("interrupted; what is stored is kept, build again to go on", err=True)
-            sys.exit(EXIT_INTERRUPTED)
-        except ToolkitError as error:
-            click.echo(f"error: {error}", err=True)
-            sys.exit(2 if isinstance(error, UsageError) else 1)
-        except OSError as error:
-            if isinstance(error, BrokenPipeError):
-                _end_quietly()
-            click.echo(f"error: {error.strerror}: {error.filename}", err=True)
-            sys.exit(1)
-
-
-def _end_quietly() -> NoReturn:
-    """Whoever read our output (``| head``) has seen enough."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(1)
-
-
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
-
-
-@click.group(cls=_Cli, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="image-index-toolkit")
-@click.option("-v", "--verbose", count=True, help="Log what happens on stderr; twice for more.")
-@click.option("--data-dir", help="Where vectors, indexes and runs lie (TOOLKIT_DATA_DIR).")
-@click.option("--datasets-dir", help="Where datasets lie (TOOLKIT_DATASETS_DIR).")
-def main(verbose: int, data_dir: str | None, datasets_dir: str | None) -> None:
-    """Turn folders of images into a searchable vector index.
-
-    \b
-    toolkit demo                      see it work on sample photos
-    toolkit build ~/Pictures          index a folder
-    toolkit search Pictures cat.jpg   find what looks like cat.jpg
-
-    A second build of the same folder embeds only what is new. Every setting is an
-    environment variable or a key of toolkit.toml as well; `toolkit settings` shows them.
-
-    Exit codes: 0 done; 1 the work failed, was held or cancelled; 2 wrong use; 130 interrupted.
-    """  # noqa: D301  click takes the character itself as the sign not to wrap
-    config.configure(data_dir=data_dir, datasets_dir=datasets_dir)
-    level = [config.resolve().log_level.upper(), "INFO", "DEBUG"][min(verbose, 2)]
-    # The handler's level, not the logger's: a run's own log file takes more than the terminal.
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setLevel(level)
-    logging.basicConfig(level=level, format="%(levelname)s %(message)s", handlers=[handler])
-
-
-@main.command()
-@as_json
-def settings(as_json: bool) -> None:
-    """Show every setting, its value and where that came from."""
-    found = config.resolve()
-    if as_json:
-        _print_json(
-            {
-                field: {"value": config.shown(found, field), "source": source}
-                for field, source in found.sources.items()
-            }
-        )
-    else:
-        click.echo(repr(found))
+from toolkit import config
+from toolkit.cli.main import main
+from toolkit.cli.printing import as_json, print_json, print_rows
+from toolkit.errors import RunError
+from toolkit.text import seconds_text
 
 
 @main.command()
@@ -113,7 +28,7 @@ def datasets(as_json: bool) -> None:
     if not as_json and not rows:
         click.echo(f"no folder under {config.resolve().datasets_dir}; any path works as well")
         return
-    _print_rows(rows, ["name", "images", "indexes", "path"], as_json)
+    print_rows(rows, ["name", "images", "indexes", "path"], as_json)
 
 
 @main.command()
@@ -172,7 +87,7 @@ def build(
         run = api.build_index(list(datasets), wait=not detach, **options)
     except RunError as error:
         if as_json and error.run_id:
-            _print_json(api.attach(error.run_id).record.summary())
+            print_json(api.attach(error.run_id).record.summary())
         raise
     _print_run(run, as_json)
     if detach and not as_json:
@@ -203,7 +118,7 @@ def search(
     with api.open_index(index) as opened:
         hits = opened.search(image, k=k, where=where, include_self=include_self)
     if as_json:
-        _print_json([hit.to_json() for hit in hits])
+        print_json([hit.to_json() for hit in hits])
     else:
         click.echo(repr(hits))
     if sheet:
@@ -219,7 +134,7 @@ def indexes(as_json: bool) -> None:
     from toolkit import api
 
     columns = ["name", "images", "encoder", "dtype", "recall_at_10", "created"]
-    _print_rows(api.indexes(), columns, as_json, empty="no index yet; make one: toolkit build")
+    print_rows(api.indexes(), columns, as_json, empty="no index yet; make one: toolkit build")
 
 
 @main.command()
@@ -236,14 +151,14 @@ def runs(run_id: str | None, failures: bool, csv: str | None, as_json: bool) -> 
             raise click.UsageError("--failures and --csv need a RUN_ID")
         rows = [run.record.summary() for run in api.runs()]
         columns = ["run_id", "index", "state", "found", "indexed", "failed", "embedded", "seconds"]
-        _print_rows(rows, columns, as_json, empty="no run yet; start one: toolkit build")
+        print_rows(rows, columns, as_json, empty="no run yet; start one: toolkit build")
         return
     run = api.attach(run_id)
     if csv:
         run.failures.to_csv(csv, index=False)
         click.echo(f"{len(run.failures)} failures: {csv}", err=as_json)
     elif failures:
-        _print_rows(run.failures.to_dict("records"), ["kind", "path", "reason"], as_json)
+        print_rows(run.failures.to_dict("records"), ["kind", "path", "reason"], as_json)
     else:
         _print_run(run, as_json)
 
@@ -271,15 +186,6 @@ def cancel(run_id: str) -> None:
 
 
 @main.command()
-@click.argument("run_id")
-def logs(run_id: str) -> None:
-    """Print the log of a run."""
-    from toolkit import api
-
-    click.echo(api.attach(run_id).logs(), nl=False)
-
-
-@main.command()
 @click.option("--photo", default="monuments/colosseum.webp", help="The sample to query.")
 @as_json
 def demo(photo: str, as_json: bool) -> None:
@@ -289,81 +195,12 @@ def demo(photo: str, as_json: bool) -> None:
     _say_where()
     shown = sample.run(photo)
     if as_json:
-        _print_json([hit.to_json() for hit in shown.hits])
+        print_json([hit.to_json() for hit in shown.hits])
         return
     click.echo(f"\nnearest to {shown.query}:")
     click.echo(repr(shown.hits))
     click.echo(f"\ncontact sheet: {shown.sheet}")
     click.echo(f"search on:     toolkit search {sample.INDEX} PICTURE")
-
-
-@main.group()
-def model() -> None:
-    """Weights of models."""
-
-
-@model.command()
-@click.argument("name")
-def pull(name: str) -> None:
-    """Fetch the weights of a timm model once, so that builds need no network."""
-    from toolkit import housekeeping
-
-    click.echo(f"ready: {housekeeping.pull_model(name).describe()}")
-
-
-@main.command("export")
-@click.argument("index")
-@click.argument("folder", type=click.Path(file_okay=False))
-def export_index(index: str, folder: str) -> None:
-    """Write an index in clip-retrieval's layout.
-
-    These are img_emb/*.npy and metadata/*.parquet, and encoder.json, which lets an import
-    elsewhere be searched with pictures.
-    """
-    from toolkit import housekeeping
-
-    n = housekeeping.export_index(index, folder)
-    click.echo(f"{n} vectors in {folder}")
-
-
-@main.command("import")
-@click.argument("folder", type=click.Path(exists=True, file_okay=False))
-@click.option("--name", required=True, help="Name of the index.")
-@click.option("--replace", is_flag=True, help="Build over an index of that name.")
-def import_index(folder: str, name: str, replace: bool) -> None:
-    """Read an index in clip-retrieval's layout."""
-    from toolkit import housekeeping
-
-    index = housekeeping.import_index(folder, name=name, replace=replace)
-    click.echo(repr(index))
-
-
-@main.group()
-def store() -> None:
-    """The vectors on disk."""
-
-
-@store.command()
-@as_json
-def du(as_json: bool) -> None:
-    """Show what the vectors of each encoder take."""
-    from toolkit import housekeeping
-
-    rows = housekeeping.store_usage()
-    _print_rows(rows, ["model", "n_vectors", "n_bytes", "fingerprint"], as_json, empty="empty")
-
-
-@store.command()
-@as_json
-def gc(as_json: bool) -> None:
-    """Remove vectors that no index uses. Nothing else ever removes one."""
-    from toolkit import housekeeping
-
-    found = housekeeping.store_gc()
-    if as_json:
-        _print_json(found)
-    else:
-        click.echo(f"removed {found['n_vectors']} vectors, {found['n_bytes'] / 1e6:.1f} MB")
 
 
 @main.command(hidden=True)
@@ -384,7 +221,7 @@ def _say_where() -> None:
 
 def _print_run(run: Any, as_json: bool) -> None:
     if as_json:
-        _print_json(run.record.summary())
+        print_json(run.record.summary())
     else:
         click.echo(repr(run))
         if len(failures := run.failures):
@@ -393,7 +230,7 @@ def _print_run(run: Any, as_json: bool) -> None:
 
 def _print_plan(plan: Any, as_json: bool) -> None:
     if as_json:
-        _print_json(dataclasses.asdict(plan))
+        print_json(dataclasses.asdict(plan))
         return
     changes = dataclasses.asdict(plan.changes)
     click.echo(
@@ -401,42 +238,9 @@ def _print_plan(plan: Any, as_json: bool) -> None:
     )
     for rule, n in sorted(plan.excluded.items()):
         click.echo(f"left out {n:,}: {rule}")
-    estimate = display.seconds_text(plan.seconds)
+    estimate = seconds_text(plan.seconds)
     click.echo(f"to embed {plan.to_embed:,} (estimate: {estimate}), reused {plan.reused:,}")
     click.echo(f"known to fail {plan.failed:,}")
     click.echo(f"writes {plan.needed_bytes / 1e6:,.0f} MB of {plan.free_bytes / 1e6:,.0f} MB free")
     if plan.held:
         click.echo(f"would be held: {plan.held} (--accept-changes publishes it)")
-
-
-def _print_rows(
-    rows: Sequence[Mapping[Any, Any]], columns: list[str], as_json: bool, empty: str = "none"
-) -> None:
-    if as_json:
-        _print_json(rows)
-        return
-    if not rows:
-        click.echo(empty)
-        return
-    cells = [columns, *([_cell(row[column]) for column in columns] for row in rows)]
-    widths = [max(len(line[place]) for line in cells) for place in range(len(columns))]
-    for line in cells:
-        padded = (f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True))
-        click.echo("  ".join(padded).rstrip())
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, (list, tuple)):
-        return ",".join(map(str, value)) or "-"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "-" if value is None else display.one_line(str(value))
-
-
-def _print_json(value: object) -> None:
-    with contextlib.suppress(BrokenPipeError):
-        click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
-
-
-if __name__ == "__main__":
-    main()
