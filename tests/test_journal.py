@@ -409,7 +409,18 @@ def test_ids_sort_by_time_and_do_not_repeat() -> None:
     ids = [new_run_id() for _ in range(200)]
 
     assert len(set(ids)) == 200
-    assert [i[:15] for i in ids] == sorted(i[:15] for i in ids)
+    assert [i[:18] for i in ids] == sorted(i[:18] for i in ids)
+
+
+def test_newest_of_two_runs_of_one_second_comes_first(tmp_path: Path) -> None:
+    names = []
+    for _ in range(5):
+        journal = RunJournal(tmp_path, RunRecord(new_run_id(), "dogs"))
+        journal.release()
+        names.append(journal.folder.name)
+        time.sleep(0.002)
+
+    assert [view.folder.name for view in list_runs(tmp_path)] == names[::-1]
 
 
 def test_full_disk_is_a_clear_error_and_the_run_is_let_go(tmp_path: Path) -> None:

@@ -215,8 +215,10 @@ class RunView:
 
 
 def new_run_id() -> str:
-    """An id that sorts by time and is unique between processes."""
-    return time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(3)
+    """An id that sorts by time, to the millisecond, and is unique between processes."""
+    seconds, rest = divmod(time.time_ns(), 1_000_000_000)
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(seconds))
+    return f"{stamp}-{rest // 1_000_000:03x}{secrets.token_hex(3)}"
 
 
 def list_runs(runs_dir: Path) -> list[RunView]:
