@@ -59,7 +59,7 @@ clean: ## Remove caches and build output; .venv stays
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 $(DEMO): pyproject.toml constraints.txt | $(BIN)/pip
-	$(PIP) install -c constraints.txt -e ".[demo]"
+	$(PIP) install -c constraints.txt -e ".[demo,fast]"
 	@touch $@
 
 $(DEV): pyproject.toml constraints.txt | $(BIN)/pip

@@ -23,14 +23,25 @@ def _heic_encoder() -> None:
     pictures.heic()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Exported models, which the processes of one run of the tests share: they change nothing."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "engines"
+    # What a module's fixture starts is older than a test's own settings.
+    os.environ["TOOLKIT_ENGINE_DIR"] = str(folder)
+    return folder
+
+
 @pytest.fixture(autouse=True)
-def _own_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _own_world(tmp_path: Path, _engines: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Settings come from the test alone, and nothing is written outside its folder."""
     for name in list(os.environ):
         if name.startswith(("TOOLKIT_", "REDIS_", "CELERY_", "DISTRIBUTED_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("TOOLKIT_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("TOOLKIT_DATASETS_DIR", str(tmp_path / "datasets"))
+    monkeypatch.setenv("TOOLKIT_ENGINE_DIR", str(_engines))
     # Should a server listen on this machine's default port, its workers are none of ours.
     monkeypatch.setenv("TOOLKIT_NAMESPACE", f"test-{secrets.token_hex(6)}")
     monkeypatch.chdir(tmp_path)

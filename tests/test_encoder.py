@@ -22,8 +22,11 @@ from timm.data.transforms_factory import create_transform
 
 import toolkit
 from tests.pictures import texture
-from toolkit.embedding.encoder import Encoder, _fast, golden_pictures
+from toolkit.embedding.encoder import Encoder
+from toolkit.embedding.loading import load_encoder
+from toolkit.embedding.preprocess import golden_pictures
 from toolkit.embedding.spec import EncoderRequest, SpecCache
+from toolkit.embedding.torch_model import _fast
 from toolkit.embedding.weights import PACKAGED_MODEL, find_weights, packaged_file
 from toolkit.errors import ModelError, SettingError
 
@@ -36,7 +39,7 @@ needs_packaged_weights = pytest.mark.skipif(
 
 
 def load(request: EncoderRequest, data_dir: Path, threads: int = 2) -> Encoder:
-    return Encoder.load(request, data_dir=data_dir, device="cpu", threads=threads)
+    return load_encoder(request, data_dir=data_dir, device="cpu", threads=threads)
 
 
 def prepared(encoder: Encoder, pictures: list[Image.Image]) -> NDArray[np.uint8]:
@@ -93,7 +96,7 @@ def test_rows_have_length_one(tiny: Encoder) -> None:
 
 
 def test_no_pictures_give_no_rows(tiny: Encoder) -> None:
-    assert tiny.encode(np.empty((0, 3, 160, 160), np.uint8)).shape == (0, 64)
+    assert tiny.encode(np.empty((0, 160, 160, 3), np.uint8)).shape == (0, 64)
 
 
 @pytest.mark.parametrize("model", ["test_vit", "test_efficientnet"])
@@ -213,9 +216,9 @@ def test_a_very_long_picture_takes_no_more_memory_than_others(tiny: Encoder) -> 
     # Resized whole, its short side to the input's, it would take 170 GB.
     pixels = tiny.prepare(Image.new("RGB", (2_000_000, 1), (255, 0, 0)))
 
-    assert pixels.shape == (3, 160, 160)
-    assert pixels[0].min() == 255
-    assert pixels[1:].max() == 0
+    assert pixels.shape == (160, 160, 3)
+    assert pixels[..., 0].min() == 255
+    assert pixels[..., 1:].max() == 0
 
 
 def test_an_unknown_model_is_refused_with_its_likes(tmp_path: Path) -> None:
@@ -225,7 +228,7 @@ def test_an_unknown_model_is_refused_with_its_likes(tmp_path: Path) -> None:
 
 def test_an_unknown_device_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="abacus:0"):
-        Encoder.load(TINY, data_dir=tmp_path, device="abacus:0")
+        load_encoder(TINY, data_dir=tmp_path, device="abacus:0")
 
 
 def test_what_a_model_does_not_take_is_refused(tmp_path: Path) -> None:
@@ -247,12 +250,12 @@ def test_a_classifier_is_no_projection(tmp_path: Path) -> None:
 def test_no_hub_is_found_out_within_seconds(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path\n"
-        "from toolkit.embedding.encoder import Encoder\n"
+        "from toolkit.embedding.loading import load_encoder\n"
         "from toolkit.embedding.spec import EncoderRequest\n"
         "from toolkit.errors import WeightsNotFoundError\n"
         "began = time.monotonic()\n"
         "try:\n"
-        "    Encoder.load(EncoderRequest('resnet18'), data_dir=Path(sys.argv[1]), device='cpu')\n"
+        "    load_encoder(EncoderRequest('resnet18'), data_dir=Path(sys.argv[1]), device='cpu')\n"
         "except WeightsNotFoundError as error:\n"
         "    print(f'{time.monotonic() - began:.1f} {error}')"
     )
@@ -282,9 +285,9 @@ def test_what_the_hub_gave_before_needs_no_hub(tmp_path: Path) -> None:
     (repo / "refs" / "main").write_text("a" * 40)
     code = (
         "import sys; from pathlib import Path\n"
-        "from toolkit.embedding.encoder import Encoder\n"
+        "from toolkit.embedding.loading import load_encoder\n"
         "from toolkit.embedding.spec import EncoderRequest\n"
-        "encoder = Encoder.load(EncoderRequest('test_vit'), data_dir=Path(sys.argv[1]))\n"
+        "encoder = load_encoder(EncoderRequest('test_vit'), data_dir=Path(sys.argv[1]))\n"
         "print(encoder.spec.fingerprint)"
     )
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}

@@ -229,7 +229,7 @@ def test_only_the_first_demo_installs(tmp_path: Path) -> None:
     (tmp_path / ".venv" / ".stamp-demo").touch()
     second = run_make(tmp_path, "-n", "demo").stdout.splitlines()
 
-    assert first[0].endswith('install -c constraints.txt -e ".[demo]"')
+    assert first[0].endswith('install -c constraints.txt -e ".[demo,fast]"')
     assert first[-1] == ".venv/bin/toolkit demo"
     assert second == [".venv/bin/toolkit demo"]
 

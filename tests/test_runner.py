@@ -37,8 +37,7 @@ class MeanColour:
         self.n_rows: list[int] = []
 
     def prepare(self, rgb: Image.Image) -> NDArray[np.uint8]:
-        means = np.asarray(rgb.resize((1, 1), Image.Resampling.BOX))
-        return means.transpose(2, 0, 1)
+        return np.asarray(rgb.resize((1, 1), Image.Resampling.BOX))
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         self.n_rows.append(len(pixels))
@@ -331,11 +330,11 @@ def test_two_huge_pictures_are_never_in_memory_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_real_encoder_gives_the_same_bytes_for_any_cut(tmp_path: Path) -> None:
-    from toolkit.embedding.encoder import Encoder  # loads torch, which the others do without
+    from toolkit.embedding.loading import load_encoder
     from toolkit.embedding.spec import EncoderRequest
 
     request = EncoderRequest("test_vit", pretrained=False)
-    encoder = Encoder.load(request, data_dir=tmp_path, device="cpu", threads=2)
+    encoder = load_encoder(request, data_dir=tmp_path, device="cpu", threads=2)
     paths = write_photos(tmp_path, 9)
     runner = Runner(encoder, decode_threads=2, max_pixels=10**6)
 

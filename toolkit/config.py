@@ -101,6 +101,12 @@ def _roots(value: object) -> tuple[Path, ...]:
     return tuple(_path(part) for part in parts if str(part).strip())
 
 
+def _engine(value: object) -> str:
+    if value in ("auto", "torch"):
+        return str(value)
+    raise ValueError("'auto' or 'torch'")
+
+
 def _batch_size(value: object) -> int | None:
     if value is None or str(value).strip().lower() == "auto":
         return None
@@ -146,6 +152,9 @@ class Settings:
         model: timm name of the model a build uses when it names none.
         namespace: Prefix of every key on the server.
         device: ``auto``, ``cpu`` or a torch device such as ``cuda:0``.
+        engine: ``auto`` runs models with the fastest engine that changes no vector; ``torch``
+            with torch alone.
+        engine_dir: Where models are kept that were exported to another engine than torch.
         threads: Threads of one embedding process.
         batch_size: Images that go through the model at once; ``None`` (written ``auto``)
             takes what the device does best.
@@ -178,6 +187,12 @@ class Settings:
     model: str = _setting("TOOLKIT_MODEL", _text, "tf_efficientnet_lite0")
     namespace: str = _setting("TOOLKIT_NAMESPACE", _namespace, "toolkit")
     device: str = _setting("TOOLKIT_DEVICE", _text, "auto")
+    engine: str = _setting("TOOLKIT_ENGINE", _engine, "auto")
+    engine_dir: Path = _setting(
+        "TOOLKIT_ENGINE_DIR",
+        _path,
+        lambda: platformdirs.user_cache_path("image-index-toolkit") / "engines",
+    )
     threads: int = _setting("TOOLKIT_THREADS", _whole(1, 1024), usable_cpus)
     batch_size: int | None = _setting("TOOLKIT_BATCH_SIZE", _batch_size, None)
     stall_s: float = _setting("TOOLKIT_STALL_S", _seconds, 30.0)

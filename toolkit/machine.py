@@ -6,7 +6,9 @@ import contextlib
 import errno
 import math
 import os
+import platform
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +28,17 @@ def usable_cpus() -> int:
     except (OSError, ValueError):
         pass  # no cgroup v2 here: affinity alone decides
     return n
+
+
+def has_accelerator() -> bool:
+    """Whether torch could find an accelerator here; it is not loaded to ask it."""
+    if sys.platform == "linux":
+        return any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))
+    if sys.platform == "win32":
+        root = os.environ.get("SYSTEMROOT", r"C:\Windows")
+        return (Path(root) / "System32" / "nvcuda.dll").exists()
+    # Apple's own processors have one.
+    return platform.machine() == "arm64"
 
 
 def free_bytes(path: Path) -> int:

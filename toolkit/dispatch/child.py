@@ -48,7 +48,12 @@ class _Child:
             self._say({"type": "error", "class": type(error).__name__, "args": args})
             return
         runner = self._runner = Runner(encoder, decode_threads=threads, max_pixels=max_pixels)
-        ready = {"type": "ready", "spec": encoder.spec.to_json(), "device": encoder.device}
+        ready = {
+            "type": "ready",
+            "spec": encoder.spec.to_json(),
+            "device": encoder.model.device,
+            "engine": encoder.model.engine,
+        }
         self._say(ready, encoder.golden.astype("<f4").tobytes())
         while True:
             try:
@@ -94,12 +99,14 @@ class _Child:
 
 def _load(question: dict[str, Any]) -> Encoder:
     # Deferred: the parent learns of a missing torch through a frame, not a traceback.
-    from toolkit.embedding.encoder import Encoder
+    from toolkit.embedding.loading import load_encoder
 
-    return Encoder.load(
+    folder = question["engine_dir"]
+    return load_encoder(
         EncoderRequest.from_json(question["request"]),
         data_dir=Path(question["data_dir"]),
         device=question["device"],
+        engine_dir=Path(folder) if folder else None,
         threads=question["threads"],
         batch_size=question["batch_size"],
     )

@@ -87,7 +87,7 @@ class LocalExecutor:
         self.n_done = 0
         self._last_sign = time.monotonic()
         self._spec: EncoderSpec | None = None
-        self.device = ""
+        self.device = self.engine = ""
         #: What the child makes of the golden pictures, float32 of shape ``(n, dim)``.
         self.golden = np.empty((0, 0), np.float32)
 
@@ -134,7 +134,7 @@ class LocalExecutor:
             self._kill()
             raise _rebuilt(frame[0])
         self._spec = EncoderSpec.from_json(frame[0]["spec"])
-        self.device = frame[0]["device"]
+        self.device, self.engine = frame[0]["device"], frame[0]["engine"]
         self.golden = np.frombuffer(frame[1][0], "<f4").reshape(-1, self._spec.dim)
         return self._spec
 
@@ -270,12 +270,14 @@ class LocalExecutor:
         threading.Thread(
             target=_pump, args=(self._process.stdout, self._frames), daemon=True
         ).start()
+        engine = self._settings.engine
         self._ask(
             {
                 "type": "load",
                 "request": self._request.to_json(),
                 "data_dir": str(self._settings.data_dir),
                 "device": self._settings.device,
+                "engine_dir": None if engine == "torch" else str(self._settings.engine_dir),
                 "threads": self._settings.threads,
                 "batch_size": self._settings.batch_size,
                 "max_pixels": self._settings.max_pixels,
@@ -336,7 +338,16 @@ def _rebuilt(head: dict[str, Any]) -> ToolkitError:
 
 
 #: Settings that a child is made with, or watched by.
-_CHILD_SETTINGS = ("data_dir", "device", "threads", "batch_size", "max_pixels", "stall_s")
+_CHILD_SETTINGS = (
+    "data_dir",
+    "device",
+    "engine",
+    "engine_dir",
+    "threads",
+    "batch_size",
+    "max_pixels",
+    "stall_s",
+)
 
 _warm: dict[tuple[object, ...], LocalExecutor] = {}
 _warm_lock = threading.Lock()

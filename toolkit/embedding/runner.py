@@ -62,10 +62,10 @@ class PixelEncoder(Protocol):
         """Images that are best given to :meth:`encode` at once."""
 
     def prepare(self, rgb: Image.Image) -> NDArray[np.uint8]:
-        """A picture to shape ``(3, height, width)``; called from several threads."""
+        """A picture to shape ``(height, width, 3)``; called from several threads."""
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Shape ``(n, 3, height, width)`` to ``(n, dim)``, rows of length 1 or not finite."""
+        """Shape ``(n, height, width, 3)`` to ``(n, dim)``, rows of length 1 or not finite."""
 
 
 class _Ready(NamedTuple):

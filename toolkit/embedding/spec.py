@@ -261,7 +261,7 @@ class SpecCache:
         question = {
             "request": request.to_json(),
             "weights": weights.identity if weights else None,
-            "versions": [_version("timm"), _version("torch")],
+            "versions": [version_of("timm"), version_of("torch")],
             "decode_version": DECODE_VERSION,
         }
         return self._folder / f"{_digest(question)}.json"
@@ -306,8 +306,8 @@ def _digest(value: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _version(package: str) -> str | None:
-    # Reading the version of torch from its metadata does not import it.
+def version_of(package: str) -> str | None:
+    """The installed version of a package, which is not imported for it."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -1,7 +1,7 @@
 """The model as plain timm makes it, with weights that are known to fit, or a reason why not.
 
-Law: nothing here makes a model fast or different; :mod:`toolkit.embedding.encoder` does, and
-measures itself against this. The two are the only rooms that import torch and timm.
+Law: nothing here makes a model fast or different; :mod:`toolkit.embedding.torch_model` does,
+and measures itself against this. The two are the only rooms that import torch and timm.
 """
 
 from __future__ import annotations
@@ -13,14 +13,23 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import timm
 import torch
 from safetensors.torch import save_file
 from timm.data.config import resolve_data_config
+from timm.data.transforms_factory import create_transform
 from timm.models import PretrainedCfg, clean_state_dict, load_state_dict
 
-from toolkit.embedding.spec import EncoderRequest, Preprocessing, read_json, write_json
+from toolkit.embedding.preprocess import golden_pictures, prepare
+from toolkit.embedding.spec import (
+    EncoderRequest,
+    EncoderSpec,
+    Preprocessing,
+    read_json,
+    write_json,
+)
 from toolkit.embedding.weights import (
     PACKAGED_CONFIG,
     PACKAGED_MODEL,
@@ -33,6 +42,7 @@ from toolkit.embedding.weights import (
     timm_names,
 )
 from toolkit.errors import ModelError, WeightsNotFoundError
+from toolkit.images.decode import DECODE_VERSION
 
 #: Fields of timm's config that name a place of weights; ours is the file that was found.
 _SOURCES = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"}
@@ -75,6 +85,31 @@ def _convert_packaged(path: Path, folder: Path) -> None:
         file = Path(temporary) / WEIGHT_NAMES[0]
         save_file(dict(zip(names, tensors, strict=True)), file)
         os.replace(file, folder / WEIGHT_NAMES[0])
+
+
+def make_plain(
+    request: EncoderRequest, weights: WeightsFile | None
+) -> tuple[EncoderSpec, torch.nn.Module]:
+    """The model, and what its vectors are.
+
+    Raises:
+        ModelError: If timm cannot make it as asked for, or the weights are of another one.
+    """
+    model = make_model(request, weights)
+    spec = EncoderSpec(
+        architecture=request.model.partition(".")[0],
+        weights_sha256=weights.sha256 if weights else "random",
+        preprocessing=data_config(request, model),
+        decode_version=DECODE_VERSION,
+        decode=request.decode,
+        precision=request.precision,
+        head=request.head,
+        global_pool=request.global_pool,
+        seed=None if weights else request.seed or 0,
+        dim=output_shape(request, model)[1],
+    )
+    _check_transform(spec.preprocessing)
+    return spec, model
 
 
 def make_model(request: EncoderRequest, weights: WeightsFile | None) -> torch.nn.Module:
@@ -129,6 +164,17 @@ def output_shape(request: EncoderRequest, model: torch.nn.Module) -> tuple[int, 
     """Shape of the output for one picture."""
     with torch.inference_mode():
         return tuple(model(torch.zeros(1, *data_config(request, model).input_size)).shape)
+
+
+def _check_transform(how: Preprocessing) -> None:
+    """Refuse a model whose pictures timm prepares in another way than we do."""
+    transform = create_transform(**dataclasses.asdict(how), normalize=False)
+    for picture in golden_pictures():
+        if not np.array_equal(transform(picture).permute(1, 2, 0).numpy(), prepare(picture, how)):
+            raise ModelError(
+                f"timm {timm.__version__} prepares pictures in a way that this release does not "
+                f"know ({how}); install a release of the two that were made for each other"
+            )
 
 
 def _check_name(model: str) -> None:

@@ -180,13 +180,15 @@ def _load(request: EncoderRequest, settings: Settings) -> tuple[Check, Here]:
             data = SAMPLE.read_bytes()
             batch = Batch(0, spec.fingerprint, (Item(0, b"", len(data)),))
             outcome = executor.embed(batch, {0: data})
-            device = executor.device
+            device, engine = executor.device, executor.engine
     except ToolkitError as error:
         return _not_loaded(request, error, _ms(begun)), Here((), _cached_spec(request, settings))
     if outcome.failed:
         reason = f"{request.model} loads and cannot embed: {outcome.failed[0].reason}"
         return Check("model", Status.FAIL, reason, "toolkit logs embedder"), Here((), spec)
-    detail = f"{spec.describe()} on {device}, one picture in {outcome.seconds:.2f} s"
+    detail = f"{spec.describe()} on {device} by {engine}, one picture in {outcome.seconds:.2f} s"
+    if device == "cpu" and settings.engine == "auto" and not _is_there("openvino"):
+        detail += f"; pip install '{_DISTRIBUTION}[fast]' makes it twice as fast or more"
     check = Check("model", Status.OK, detail, latency_ms=loaded_ms)
     return check, Here((), spec, outcome.vectors[0], device.partition(":")[0])
 

@@ -1,0 +1,209 @@
+"""Which engine runs a model does not show in its vectors, and torch is not loaded for nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from tests.pictures import texture
+from tests.test_catalog import fill, small_disk
+from toolkit.embedding import loading, openvino_model
+from toolkit.embedding.encoder import Encoder
+from toolkit.embedding.loading import load_encoder
+from toolkit.embedding.openvino_model import MODEL_FILE, OpenVinoModel
+from toolkit.embedding.preprocess import golden_pictures
+from toolkit.embedding.spec import EncoderRequest
+
+pytestmark = pytest.mark.skipif(
+    not openvino_model.is_installed(), reason="the fast extra is not installed"
+)
+
+TINY = EncoderRequest("test_vit", pretrained=False)
+
+CODE = """
+import json, sys, time
+from pathlib import Path
+from toolkit.embedding.loading import load_encoder
+from toolkit.embedding.spec import EncoderRequest
+request = EncoderRequest.from_json(json.loads(sys.argv[1]))
+encoder = load_encoder(
+    request, data_dir=Path(sys.argv[2]), device="cpu", engine_dir=Path(sys.argv[3]), threads=1
+)
+has_torch = bool({"torch", "timm"} & set(sys.modules))
+print(json.dumps([encoder.model.engine, encoder.spec.fingerprint, has_torch]))
+"""
+
+
+def load(request: EncoderRequest, tmp_path: Path, *, with_engines: bool = True) -> Encoder:
+    """In this process, with a data folder that knows nothing."""
+    data_dir = tmp_path / f"data-{len(list(tmp_path.iterdir()))}"
+    folder = tmp_path / "engines" if with_engines else None
+    return load_encoder(request, data_dir=data_dir, device="cpu", engine_dir=folder, threads=2)
+
+
+def load_apart(request: EncoderRequest, tmp_path: Path) -> tuple[str, str, bool]:
+    """In a process of its own: engine, fingerprint, whether torch was imported."""
+    asked = json.dumps(request.to_json())
+    command = [
+        sys.executable,
+        "-c",
+        CODE,
+        asked,
+        str(tmp_path / "apart"),
+        str(tmp_path / "engines"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    engine, fingerprint, has_torch = json.loads(done.stdout)
+    return engine, fingerprint, has_torch
+
+
+def vectors_of(encoder: Encoder) -> NDArray[np.float32]:
+    pictures = [*golden_pictures(), texture((300, 70)), texture((40, 500))]
+    return encoder.encode(np.stack([encoder.prepare(picture) for picture in pictures]))
+
+
+def exported(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "engines").glob("*/engine.json"))
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        TINY,
+        EncoderRequest("test_vit", pretrained=False, img_size=96),
+        EncoderRequest("test_vit", pretrained=False, global_pool="avg"),
+        EncoderRequest("test_resnet", pretrained=False),
+        EncoderRequest("test_efficientnet", pretrained=False),
+        EncoderRequest("test_nfnet", pretrained=False),
+        EncoderRequest("test_convnext", pretrained=False),
+    ],
+    ids=lambda request: f"{request.model}-{request.img_size}-{request.global_pool}",
+)
+def test_engines_give_one_encoder(request_: EncoderRequest, tmp_path: Path) -> None:
+    plain = load(request_, tmp_path, with_engines=False)
+    fast = load(request_, tmp_path)
+
+    assert (plain.model.engine, fast.model.engine) == ("torch", "openvino")
+    assert plain.spec == fast.spec
+    assert np.abs(vectors_of(plain) - vectors_of(fast)).max() <= 1e-5
+
+
+@pytest.mark.parametrize("model", ["test_vit", "test_efficientnet"])
+def test_neighbours_and_batch_size_do_not_show_in_the_bytes(model: str, tmp_path: Path) -> None:
+    encoder = load(EncoderRequest(model, pretrained=False), tmp_path)
+    pixels = np.stack([encoder.prepare(texture(seed=n)) for n in range(11)])
+
+    together = encoder.encode(pixels)
+    alone = np.concatenate([encoder.encode(pixels[n : n + 1]) for n in range(11)])
+
+    assert encoder.model.engine == "openvino"
+    assert together.tobytes() == alone.tobytes()
+
+
+def test_lanes_do_not_show_in_the_bytes(tmp_path: Path) -> None:
+    one, three = (
+        load_encoder(TINY, data_dir=tmp_path, device="cpu", engine_dir=tmp_path / "e", threads=n)
+        for n in (1, 3)
+    )
+
+    assert vectors_of(one).tobytes() == vectors_of(three).tobytes()
+
+
+@pytest.mark.slow
+def test_an_exported_model_needs_no_torch(tmp_path: Path) -> None:
+    first = load_apart(TINY, tmp_path)
+    second = load_apart(TINY, tmp_path)
+
+    assert first == ("openvino", second[1], True)
+    assert second == ("openvino", first[1], False)
+
+
+def test_another_encoder_is_another_export(tmp_path: Path) -> None:
+    others = [EncoderRequest("test_vit", pretrained=False, seed=1), TINY]
+
+    vectors = [vectors_of(load(request, tmp_path)) for request in others]
+
+    assert len(exported(tmp_path)) == 2
+    assert np.abs(vectors[0] - vectors[1]).max() > 0.01
+
+
+@pytest.mark.parametrize("harm", ["cut", "other_weights", "gone", "no_record"])
+def test_a_damaged_export_is_not_believed(harm: str, tmp_path: Path) -> None:
+    expected = vectors_of(load(TINY, tmp_path))
+    (record,) = exported(tmp_path)
+    weights = (record.parent / MODEL_FILE).with_suffix(".bin")
+    if harm == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100_000])
+    elif harm == "other_weights":
+        numbers = np.frombuffer(weights.read_bytes()[: weights.stat().st_size // 4 * 4], "<f4")
+        weights.write_bytes((numbers * np.float32(1.1)).tobytes())
+    elif harm == "gone":
+        (record.parent / MODEL_FILE).unlink()
+    else:
+        record.write_text("{")
+
+    again = load(TINY, tmp_path)
+
+    assert np.abs(vectors_of(again) - expected).max() <= 1e-5
+    # What is damaged was made anew.
+    assert again.model.engine == "openvino"
+
+
+def test_a_full_disk_leaves_the_model_to_torch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with small_disk(tmp_path / "disk") as disk:
+        fill(disk)
+        encoder = load_encoder(
+            TINY, data_dir=tmp_path / "data", device="cpu", engine_dir=disk / "engines", threads=1
+        )
+
+    assert encoder.model.engine == "torch"
+    assert "test_vit is not exported, torch runs it" in caplog.text
+
+
+def test_the_newest_exports_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "KEEP_EXPORTS", 2)
+    for seed in range(4):
+        load(EncoderRequest("test_vit", pretrained=False, seed=seed), tmp_path)
+
+    assert len(exported(tmp_path)) == 2
+    # The last one is among them.
+    assert load_apart(EncoderRequest("test_vit", pretrained=False, seed=3), tmp_path)[2] is False
+
+
+def test_it_calculates_in_fp32_whatever_the_processor_could(tmp_path: Path) -> None:
+    encoder = load(TINY, tmp_path)
+
+    assert isinstance(encoder.model, OpenVinoModel)
+    options = encoder.model._compiled
+    assert str(options.get_property("INFERENCE_PRECISION_HINT")) == "<Type: 'float32'>"
+
+
+def test_the_converter_reports_to_nobody(tmp_path: Path) -> None:
+    load(TINY, tmp_path)
+
+    assert sys.modules.get("openvino_telemetry") is None
+
+
+def test_many_processes_export_once(tmp_path: Path) -> None:
+    asked = json.dumps(TINY.to_json())
+    command = [sys.executable, "-c", CODE, asked, str(tmp_path / "data"), str(tmp_path / "engines")]
+
+    started = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+        for _ in range(3)
+    ]
+    said = [json.loads(process.communicate(timeout=120)[0]) for process in started]
+
+    assert {engine for engine, _, _ in said} == {"openvino"}
+    assert len({fingerprint for _, fingerprint, _ in said}) == 1
+    assert len(exported(tmp_path)) == 1
+    assert not [p for p in (tmp_path / "engines").iterdir() if p.is_dir() and p.name[0] == "."]

@@ -1,0 +1,208 @@
+"""From a request to an encoder that is ready: on the fastest engine that is exact here.
+
+Law: which engine runs a model does not show in its vectors. An engine is used when its vectors
+of the golden pictures are those of torch; what torch exported for it is kept, so that the next
+process need not load torch at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+
+from toolkit.embedding import openvino_model
+from toolkit.embedding.encoder import Encoder
+from toolkit.embedding.openvino_model import EngineError, OpenVinoModel
+from toolkit.embedding.spec import (
+    EncoderRequest,
+    EncoderSpec,
+    SpecCache,
+    agree,
+    read_json,
+    version_of,
+    write_json,
+)
+from toolkit.embedding.weights import WeightsFile, find_weights
+from toolkit.errors import ModelError
+from toolkit.machine import free_bytes, has_accelerator, usable_cpus
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+#: Exported models that are kept, those used last.
+KEEP_EXPORTS = 8
+
+#: Seconds to wait while another process exports the same model.
+EXPORT_TIMEOUT_S = 120.0
+
+#: In the folder of an exported model: what it is, and torch's vectors of the golden pictures.
+_RECORD = "engine.json"
+
+
+def load_encoder(
+    request: EncoderRequest,
+    *,
+    data_dir: Path,
+    device: str = "auto",
+    engine_dir: Path | None = None,
+    threads: int | None = None,
+    batch_size: int | None = None,
+) -> Encoder:
+    """Make the model, resolve its spec and remember it.
+
+    Args:
+        request: The encoder.
+        data_dir: The data folder; weights and resolved specs are kept there.
+        device: ``auto``, ``cpu`` or a torch device such as ``cuda:0``.
+        engine_dir: Where models exported to another engine are kept; ``None`` lets torch run
+            them all.
+        threads: Runs of the model side by side on processors; by default as many as this
+            process may use.
+        batch_size: Images that go through the model at once; by default what the device
+            does best.
+
+    Raises:
+        ModelError: If timm does not know the model, cannot make it as asked for, or the
+            weights are of another one.
+        WeightsNotFoundError: If no weights are at hand and the hub gives none.
+        SettingError: If there is no such device.
+    """
+    threads = threads or usable_cpus()
+    weights, encoder, exports = find_weights(request, data_dir), None, None
+    if engine_dir is not None and openvino_model.is_installed():
+        exports = _Exports(engine_dir, threads, batch_size)
+    if exports and (device == "cpu" or (device == "auto" and not has_accelerator())):
+        encoder = exports.open(request, weights)
+    if encoder is None:
+        # Deferred: this is what takes seconds.
+        from toolkit.embedding.timm_model import make_plain, obtain_weights
+        from toolkit.embedding.torch_model import TorchModel, as_network, resolved_device
+
+        device = resolved_device(device)
+        weights = obtain_weights(request, data_dir)
+        spec, model = make_plain(request, weights)
+        network = as_network(model, spec.preprocessing)
+        encoder = Encoder(spec, TorchModel(network, device, threads, batch_size))
+        if not np.isfinite(encoder.golden).all():
+            raise ModelError(
+                f"{request.model} gives vectors that are not finite; use other weights"
+            )
+        if exports and device == "cpu":
+            encoder = exports.make(request, weights, encoder, network) or encoder
+    cache = SpecCache(data_dir / "specs")
+    encoder.spec = cache.settle(
+        encoder.spec, encoder.golden, encoder.model.device.partition(":")[0]
+    )
+    cache.put(request, weights, encoder.spec)
+    return encoder
+
+
+class _Exports:
+    """Exported models on disk, each in a folder named by everything it depends on."""
+
+    def __init__(self, folder: Path, threads: int, batch_size: int | None) -> None:
+        self._folder, self._threads, self._batch_size = folder, threads, batch_size
+
+    def open(self, request: EncoderRequest, weights: WeightsFile | None) -> Encoder | None:
+        """The encoder on an exported model; ``None`` when torch has to run it."""
+        if request.has_weights and weights is None:
+            return None
+        folder = self._place(request, weights)
+        record = read_json(folder / _RECORD)
+        if "golden" not in record:
+            return None
+        spec = EncoderSpec.from_json(record["spec"])
+        try:
+            encoder = self._encoder(folder, spec, np.array(record["golden"], np.float32))
+        except EngineError as error:
+            logger.warning("the export of %s in %s goes: %s", request.model, folder, error)
+            shutil.rmtree(folder, ignore_errors=True)
+            return None
+        os.utime(folder)
+        return encoder
+
+    def make(
+        self,
+        request: EncoderRequest,
+        weights: WeightsFile | None,
+        plain: Encoder,
+        network: torch.nn.Module,
+    ) -> Encoder | None:
+        """Export a model and open it; ``None``, with a note for the next time, if it is unfit."""
+        folder = self._place(request, weights)
+        began = time.monotonic()
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self._folder / f".{folder.name}.lock", timeout=EXPORT_TIMEOUT_S):
+                # Somebody else may have been faster.
+                known = read_json(folder / _RECORD)
+                if not known:
+                    self._export(folder, plain, network)
+        except (OSError, Timeout) as error:
+            logger.warning("%s is not exported, torch runs it: %s", request.model, error)
+            return None
+        encoder = self.open(request, weights)
+        if encoder is not None:
+            logger.info(
+                "%s exported to OpenVINO in %.1f s", request.model, time.monotonic() - began
+            )
+        return encoder
+
+    def _export(self, folder: Path, plain: Encoder, network: torch.nn.Module) -> None:
+        n_bytes = sum(p.numel() * p.element_size() for p in network.parameters())
+        if free_bytes(self._folder) < 4 * n_bytes:
+            raise OSError("the disk has no room for it")
+        record: dict[str, Any] = {"spec": plain.spec.to_json()}
+        with tempfile.TemporaryDirectory(dir=self._folder, prefix=".") as temporary:
+            made = Path(temporary) / "made"
+            made.mkdir()
+            try:
+                openvino_model.export(network, plain.spec.preprocessing, made)
+                self._encoder(made, plain.spec, plain.golden)
+                record["golden"] = plain.golden.tolist()
+            except EngineError as error:
+                record["unfit"] = str(error)
+                logger.warning("torch runs the model: %s", error)
+            write_json(made / _RECORD, record)
+            # What lies there has no record that can be read.
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(made, folder)
+        self._prune()
+
+    def _encoder(self, folder: Path, spec: EncoderSpec, golden: NDArray[np.float32]) -> Encoder:
+        model = OpenVinoModel(
+            folder, spec.preprocessing.input_size, self._threads, self._batch_size
+        )
+        encoder = Encoder(spec, model)
+        if not agree(golden, encoder.golden, {"cpu"}):
+            difference = float(np.abs(golden - encoder.golden).max())
+            raise EngineError(f"OpenVINO moves its vectors by {difference:.1e}")
+        return encoder
+
+    def _prune(self) -> None:
+        found = sorted(self._folder.glob(f"*/{_RECORD}"), key=lambda p: p.parent.stat().st_mtime)
+        for record in found[:-KEEP_EXPORTS]:
+            shutil.rmtree(record.parent, ignore_errors=True)
+
+    def _place(self, request: EncoderRequest, weights: WeightsFile | None) -> Path:
+        parts = {
+            "request": {**request.to_json(), "checkpoint_path": None},
+            "weights": weights.sha256 if weights else None,
+            "config": read_json(weights.config) if weights and weights.config else None,
+            "versions": [version_of(name) for name in ("openvino", "timm", "torch")],
+        }
+        text = json.dumps(parts, sort_keys=True)
+        return self._folder / f"{request.model}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
