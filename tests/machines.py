@@ -15,6 +15,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -260,10 +261,12 @@ def time_shift(folder: Path, offset_s: int) -> Path:
 
 def _embedding_since() -> Iterator[float]:
     """When each process that embeds for this one or its children was started."""
+    # The system's own word on when it booted is cut to whole seconds.
+    booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             if "toolkit.dispatch.child" in process.cmdline():
-                yield process.create_time()
+                yield process.create_time() - psutil.boot_time() + booted
 
 
 class _Door(Relay):

@@ -652,6 +652,10 @@ def test_gc_does_not_run_beside_a_build(photos: Path) -> None:
 
 def test_cancel_before_anything_is_embedded_publishes_nothing(photos: Path) -> None:
     build("photos", name="other")
+    # So many names of one picture that the scan takes longer than we do to cancel.
+    (photos / "many").mkdir()
+    for n in range(4000):
+        (photos / "many" / f"{n}.jpg").hardlink_to(photos / "a" / "photo_0000.jpg")
     queued = build("photos", wait=False)
     queued._view.request_cancel()
 

@@ -204,7 +204,7 @@ def test_gc_removes_what_no_index_uses_and_nothing_else(photos: Path) -> None:
 
 @pytest.mark.slow
 def test_terminal_shows_model_device_road_and_where_it_writes(photos: Path) -> None:
-    write_photos(photos / "many", 600, seed=1000)
+    write_photos(photos / "many", 3000, seed=1000)
     parent, child = pty.openpty()
     # A terminal without a width shows no bar.
     termios.tcsetwinsize(child, (30, 100))
@@ -228,7 +228,45 @@ def test_terminal_shows_model_device_road_and_where_it_writes(photos: Path) -> N
         assert word in shown
     # The bar moves: it is not closed by the line above it.
     assert re.search(rb"embed: +[1-9]\d*%", shown)
-    assert b"found 610 = indexed 610" in shown
+    assert b"found 3,010 = indexed 3,010" in shown
+
+
+@pytest.mark.slow
+def test_a_fast_build_shows_how_far_it_moved_the_vectors(tmp_path: Path) -> None:
+    # Large enough to be decoded at a half.
+    write_photos(tmp_path / "large", 12, size=(400, 340))
+    flags = ("--local", "--precision", "bf16", "--decode", "reduced")
+    words = "against exact vectors, 12 images: cosine "
+
+    built = run_cli("build", tmp_path / "large", *CHEAP_FLAGS, *flags)
+    again = run_cli("build", tmp_path / "large", *CHEAP_FLAGS, *flags)
+    (second, first) = json.loads(run_cli("runs", "--json").stdout)
+    shown = run_cli("runs", first["run_id"])
+    exact = run_cli("build", tmp_path / "large", *CHEAP_FLAGS, "--local")
+
+    assert (built.returncode, again.returncode) == (0, 0), built.stderr
+    assert words in built.stdout
+    assert words in shown.stdout
+    assert first["fidelity"] in built.stdout
+    # It embedded nothing.
+    assert "exact" not in again.stdout
+    assert second["fidelity"] is None
+    assert exact.returncode == 2
+    assert "not exact: bf16 and reduced decoding" in exact.stderr
+    assert "--replace" in exact.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "allowed"),
+    [("--precision", "fp16", "'fp32', 'bf16'"), ("--decode", "draft", "'full', 'reduced'")],
+)
+def test_fast_modes_that_do_not_exist_are_refused_with_those_that_do(
+    flag: str, value: str, allowed: str
+) -> None:
+    done = run_cli("build", ".", flag, value)
+
+    assert done.returncode == 2
+    assert f"'{value}' is not one of {allowed}" in done.stderr
 
 
 @pytest.mark.slow

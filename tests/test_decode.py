@@ -11,20 +11,26 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tests import pictures
 from toolkit.errors import ChangedError, DecodeError, UnreadableError
-from toolkit.images.decode import IMAGE_SUFFIXES, decode, read_file
+from toolkit.images.decode import IMAGE_SUFFIXES, _plain_jpeg, decode, read_file
 from toolkit.images.identity import image_key
 
 SUFFIXES = sorted(pictures.one_of_each())
+
+needs_simplejpeg = pytest.mark.skipif(
+    find_spec("simplejpeg") is None, reason="the fast extra is not installed"
+)
 
 
 def pixel(data: bytes, x: int = 0, y: int = 0) -> tuple[int, ...]:
@@ -470,3 +476,225 @@ def test_a_file_that_changes_under_the_reader_is_told(tmp_path: Path) -> None:
 
     with touched_without_end(path), pytest.raises(ChangedError, match="changed while it was read"):
         read_file(os.fsencode(path))
+
+
+# --- simplejpeg -------------------------------------------------------------------------------
+
+
+def by_pillow(data: bytes, least_edge: int | None = None) -> bytes | str:
+    """Pixels, or the reason for none, without simplejpeg."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "simplejpeg", None)
+        return outcome_of(data, least_edge)
+
+
+def outcome_of(data: bytes, least_edge: int | None = None) -> bytes | str:
+    try:
+        return decode(data, least_edge=least_edge).rgb.tobytes()
+    except DecodeError as error:
+        return str(error)
+
+
+@needs_simplejpeg
+@pytest.mark.parametrize("size", [(640, 480), (333, 201), (17, 9), (8, 8), (1, 1)], ids=str)
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"progressive": True},
+        {"quality": 30},
+        {"restart_marker_blocks": 3, "quality": 98},
+        {"optimize": True, "quality": 100},
+    ],
+    ids=str,
+)
+def test_simplejpeg_gives_the_pixels_of_pillow(
+    size: tuple[int, int], subsampling: str, options: dict[str, Any]
+) -> None:
+    buffer = io.BytesIO()
+    pictures.texture(size).save(buffer, "JPEG", subsampling=subsampling, **options)
+    data = buffer.getvalue()
+
+    assert _plain_jpeg(data) is not None
+    assert outcome_of(data) == by_pillow(data)
+
+
+@needs_simplejpeg
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
+def test_other_colours_of_jpeg_are_those_of_pillow(mode: str) -> None:
+    buffer = io.BytesIO()
+    keep = {"keep_rgb": True} if mode == "RGB" else {}
+    pictures.texture((64, 48)).convert(mode).save(buffer, "JPEG", **keep)
+    data = buffer.getvalue()
+
+    assert outcome_of(data) == by_pillow(data)
+
+
+@needs_simplejpeg
+@given(
+    where=st.integers(2, 10**6),
+    value=st.integers(0, 255),
+    cut=st.integers(0, 3000),
+    is_progressive=st.booleans(),
+)
+@settings(max_examples=300, derandomize=True, deadline=None, database=None)
+def test_damage_has_one_outcome_with_and_without_simplejpeg(
+    where: int, value: int, cut: int, is_progressive: bool
+) -> None:
+    buffer = io.BytesIO()
+    pictures.texture((64, 48)).save(buffer, "JPEG", progressive=is_progressive)
+    data = bytearray(buffer.getvalue())
+    data[where % len(data)] = value
+    data = data[: len(data) - cut % len(data)] if cut > 1500 else data
+
+    assert outcome_of(bytes(data)) == by_pillow(bytes(data))
+
+
+# --- reduced ----------------------------------------------------------------------------------
+
+#: Shorter edge of a JPEG to the part of its size at which it is decoded for a least edge of 20.
+PARTS = {
+    5: 1,
+    20: 1,
+    39: 1,
+    40: 2,
+    41: 2,
+    79: 2,
+    80: 4,
+    81: 4,
+    159: 4,
+    160: 8,
+    161: 8,
+    # libjpeg has no sixteenth.
+    320: 8,
+}
+
+
+def coloured_jpeg(mode: str, size: tuple[int, int], **options: Any) -> bytes:
+    return pictures.encoded(pictures.texture(size).convert(mode), "JPEG", **options)
+
+
+@pytest.mark.parametrize(("edge", "part"), PARTS.items(), ids=str)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_is_reduced_while_no_edge_becomes_too_short(mode: str, edge: int, part: int) -> None:
+    # 7 more, so that the longer edge is no multiple where the shorter one is.
+    for size in ((edge + 7, edge), (edge, edge + 7)):
+        picture = decode(coloured_jpeg(mode, size), least_edge=20)
+
+        assert (picture.rgb.mode, picture.format) == ("RGB", "JPEG")
+        assert picture.rgb.size == (-(-size[0] // part), -(-size[1] // part))
+        assert min(picture.rgb.size) >= min(20, edge)
+        assert (picture.width, picture.height) == size
+
+
+@pytest.mark.parametrize("orientation", [1, 6, 8])
+@pytest.mark.parametrize("size", [(161, 80), (80, 161)], ids=str)
+def test_a_reduced_jpeg_is_upright_and_keeps_the_size_of_the_whole(
+    size: tuple[int, int], orientation: int
+) -> None:
+    how = pictures.STORED[orientation]
+    upright = pictures.texture(size)
+    stored = upright if how is None else upright.transpose(how)
+    data = pictures.encoded(stored, "JPEG", exif=pictures.exif_block(orientation))
+
+    picture = decode(data, least_edge=40)
+
+    assert picture.rgb.size == (-(-size[0] // 2), -(-size[1] // 2))
+    assert (picture.width, picture.height) == size
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_camera_orientation_of_a_reduced_jpeg_is_undone(orientation: int) -> None:
+    picture = decode(pictures.turned(orientation), least_edge=8)
+
+    assert picture.rgb.size == (16, 8)
+    assert (picture.width, picture.height) == (32, 16)
+    centres = [picture.rgb.getpixel(at) for at in ((4, 2), (12, 2), (4, 6), (12, 6))]
+    expected = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]
+    # Lossy colours come back within a few steps.
+    np.testing.assert_allclose(np.array(centres, int), expected, atol=12)
+
+
+@pytest.mark.parametrize("part", [2, 4, 8])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_reduced_jpeg_is_the_same_picture(mode: str, part: int) -> None:
+    data = coloured_jpeg(mode, (320, 240), quality=95)
+    means = np.asarray(decode(data).rgb.reduce(part), np.int16)
+
+    reduced = np.asarray(decode(data, least_edge=240 // part).rgb, np.int16)
+
+    # libjpeg leaves out frequencies where reduce() takes means: a few steps apart.
+    assert np.abs(reduced - means).mean() < 2.5
+
+
+def test_reduced_adobe_cmyk_is_not_a_negative() -> None:
+    picture = decode(pictures.cmyk_jpeg((0, 255, 255, 0)), least_edge=12)
+
+    assert picture.rgb.size == (16, 12)
+    np.testing.assert_allclose(picture.rgb.getpixel((0, 0)), (255, 0, 0), atol=15)
+
+
+@pytest.mark.parametrize("suffix", [suffix for suffix in SUFFIXES if not suffix.startswith(".jp")])
+def test_other_formats_are_never_reduced(suffix: str) -> None:
+    data = pictures.one_of_each()[suffix]
+
+    picture = decode(data, least_edge=6)
+
+    assert (picture.width, picture.height) == picture.rgb.size == (64, 48)
+    assert picture.rgb.tobytes() == decode(data).rgb.tobytes()
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"orientation": 6}], ids=str)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_that_is_not_reduced_has_the_pixels_of_pillow(
+    mode: str, options: dict[str, Any]
+) -> None:
+    options = dict(options)
+    exif = pictures.exif_block(options.pop("orientation", 1))
+    data = coloured_jpeg(mode, (333, 201), exif=exif, **options)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = ImageOps.exif_transpose(image).convert("RGB").tobytes()
+
+    # Half of 201 is less than 101.
+    for least_edge in (None, 101, 201, 1000):
+        assert outcome_of(data, least_edge) == expected, least_edge
+
+
+@needs_simplejpeg
+@pytest.mark.parametrize("least_edge", [6, 12, 24, 25, 48, 49])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_reduced_pixels_are_the_same_with_and_without_simplejpeg(
+    mode: str, least_edge: int
+) -> None:
+    data = coloured_jpeg(mode, (64, 48))
+
+    assert outcome_of(data, least_edge) == by_pillow(data, least_edge)
+
+
+def test_the_limit_of_pixels_counts_those_of_the_whole_picture() -> None:
+    data = pictures.jpeg((64, 48))
+
+    assert decode(data, max_pixels=64 * 48, least_edge=6).rgb.size == (8, 6)
+    with pytest.raises(DecodeError, match="megapixels"):
+        decode(data, max_pixels=64 * 48 - 1, least_edge=6)
+
+
+@given(
+    where=st.integers(2, 10**6),
+    value=st.integers(0, 255),
+    cut=st.integers(0, 3000),
+    is_progressive=st.booleans(),
+)
+@settings(max_examples=300, derandomize=True, deadline=None, database=None)
+def test_what_is_damaged_is_refused_reduced_and_in_full(
+    where: int, value: int, cut: int, is_progressive: bool
+) -> None:
+    data = bytearray(pictures.jpeg((64, 48), progressive=is_progressive))
+    data[where % len(data)] = value
+    # With an end of its own, so that it is left to the decoder to find what is missing.
+    data = data[: len(data) - cut % len(data)] + b"\xff\xd9" if cut > 1500 else data
+
+    whole, reduced = outcome_of(bytes(data)), outcome_of(bytes(data), 12)
+
+    assert isinstance(whole, str) == isinstance(reduced, str)

@@ -122,6 +122,8 @@ def test_torch_that_cannot_be_imported_is_named(
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "torch.py").write_text("raise ImportError('libcudart.so.12: gone')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
+    # A model that was exported before does without it.
+    monkeypatch.setenv("TOOLKIT_ENGINE", "torch")
 
     report = look(deep=True)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -19,13 +21,14 @@ from toolkit.embedding.encoder import Encoder
 from toolkit.embedding.loading import load_encoder
 from toolkit.embedding.openvino_model import MODEL_FILE, OpenVinoModel
 from toolkit.embedding.preprocess import golden_pictures
-from toolkit.embedding.spec import EncoderRequest
+from toolkit.embedding.spec import LEAST_BF16_COSINE, EncoderRequest
 
 pytestmark = pytest.mark.skipif(
     not openvino_model.is_installed(), reason="the fast extra is not installed"
 )
 
 TINY = EncoderRequest("test_vit", pretrained=False)
+TINY_BF16 = dataclasses.replace(TINY, precision="bf16")
 
 CODE = """
 import json, sys, time
@@ -134,9 +137,8 @@ def test_another_encoder_is_another_export(tmp_path: Path) -> None:
     assert np.abs(vectors[0] - vectors[1]).max() > 0.01
 
 
-@pytest.mark.parametrize("harm", ["cut", "other_weights", "gone", "no_record"])
-def test_a_damaged_export_is_not_believed(harm: str, tmp_path: Path) -> None:
-    expected = vectors_of(load(TINY, tmp_path))
+def damage(tmp_path: Path, harm: str) -> None:
+    """Do harm to the one export there is."""
     (record,) = exported(tmp_path)
     weights = (record.parent / MODEL_FILE).with_suffix(".bin")
     if harm == "cut":
@@ -148,6 +150,12 @@ def test_a_damaged_export_is_not_believed(harm: str, tmp_path: Path) -> None:
         (record.parent / MODEL_FILE).unlink()
     else:
         record.write_text("{")
+
+
+@pytest.mark.parametrize("harm", ["cut", "other_weights", "gone", "no_record"])
+def test_a_damaged_export_is_not_believed(harm: str, tmp_path: Path) -> None:
+    expected = vectors_of(load(TINY, tmp_path))
+    damage(tmp_path, harm)
 
     again = load(TINY, tmp_path)
 
@@ -207,3 +215,99 @@ def test_many_processes_export_once(tmp_path: Path) -> None:
     assert len({fingerprint for _, fingerprint, _ in said}) == 1
     assert len(exported(tmp_path)) == 1
     assert not [p for p in (tmp_path / "engines").iterdir() if p.is_dir() and p.name[0] == "."]
+
+
+# --- faster, not exact ------------------------------------------------------------------------
+
+
+def takes_bf16(encoder: Encoder) -> bool:
+    """What OpenVINO says that it calculates in."""
+    assert isinstance(encoder.model, OpenVinoModel)
+    return "bfloat16" in str(encoder.model._compiled.get_property("INFERENCE_PRECISION_HINT"))
+
+
+def processor_has_bf16() -> bool:
+    core = openvino_model._openvino().Core()
+    return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def test_fast_encoders_are_others_and_share_one_export(tmp_path: Path) -> None:
+    modes = itertools.product(("fp32", "bf16"), ("full", "reduced"))
+    requests = [dataclasses.replace(TINY, precision=p, decode=d) for p, d in modes]
+
+    encoders = [load(request, tmp_path) for request in requests]
+
+    assert len({encoder.spec.fingerprint for encoder in encoders}) == 4
+    assert {encoder.model.engine for encoder in encoders} == {"openvino"}
+    for request, encoder in zip(requests, encoders, strict=True):
+        assert (encoder.spec.precision, encoder.spec.decode) == (request.precision, request.decode)
+    assert len(exported(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("model", ["test_vit", "test_efficientnet"])
+def test_bf16_moves_the_vectors_a_little(model: str, tmp_path: Path) -> None:
+    exact = load(EncoderRequest(model, pretrained=False), tmp_path)
+    fast = load(EncoderRequest(model, pretrained=False, precision="bf16"), tmp_path)
+    before, after = vectors_of(exact), vectors_of(fast)
+
+    assert fast.model.engine == "openvino"
+    assert float((before * after).sum(axis=1).min()) >= LEAST_BF16_COSINE
+    assert np.abs(np.linalg.norm(after.astype(np.float64), axis=1) - 1).max() < 1e-6
+    # Processors without bf16 calculate in fp32, or in bf16 by software.
+    assert takes_bf16(fast) or not processor_has_bf16()
+    assert bool(np.abs(before - after).max() > 1e-5) == takes_bf16(fast)
+
+
+def test_neighbours_do_not_show_in_the_bytes_of_bf16(tmp_path: Path) -> None:
+    encoder = load(TINY_BF16, tmp_path)
+    pixels = np.stack([encoder.prepare(texture(seed=n)) for n in range(7)])
+
+    alone = np.concatenate([encoder.encode(pixels[n : n + 1]) for n in range(7)])
+
+    assert encoder.encode(pixels).tobytes() == alone.tobytes()
+
+
+def test_what_a_fast_encoder_exports_is_exact(tmp_path: Path) -> None:
+    load(dataclasses.replace(TINY_BF16, decode="reduced"), tmp_path)
+    (record,) = exported(tmp_path)
+    written = record.stat().st_ino
+
+    exact = load(TINY, tmp_path)
+
+    assert exact.model.engine == "openvino"
+    assert exact.spec.is_exact
+    assert (
+        np.abs(vectors_of(exact) - vectors_of(load(TINY, tmp_path, with_engines=False))).max()
+        <= 1e-5
+    )
+    # The same export, not another one.
+    assert [path.stat().st_ino for path in exported(tmp_path)] == [written]
+
+
+def test_where_bf16_is_unfit_torch_runs_it_and_the_export_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(TINY, tmp_path)
+    (record,) = exported(tmp_path)
+    written = record.stat().st_ino
+    # No cosine is that large.
+    monkeypatch.setattr(loading, "LEAST_BF16_COSINE", 1.1)
+
+    fast = load(TINY_BF16, tmp_path)
+
+    assert (fast.model.engine, fast.spec.precision) == ("torch", "bf16")
+    assert [path.stat().st_ino for path in exported(tmp_path)] == [written]
+    assert load(TINY, tmp_path).model.engine == "openvino"
+
+
+@pytest.mark.parametrize("harm", ["cut", "other_weights", "gone", "no_record"])
+def test_a_damaged_export_is_not_believed_by_a_fast_encoder(harm: str, tmp_path: Path) -> None:
+    expected = vectors_of(load(TINY_BF16, tmp_path))
+    damage(tmp_path, harm)
+
+    again = load(TINY_BF16, tmp_path)
+
+    # What is damaged was made anew.
+    assert again.model.engine == "openvino"
+    assert np.abs(vectors_of(again) - expected).max() <= 1e-5
+    assert load(TINY, tmp_path).model.engine == "openvino"

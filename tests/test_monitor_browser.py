@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 import toolkit as tk
-from tests.clusters import Running, Worker, World
+from tests.clusters import Running, Worker, World, write_slow
 from tests.pictures import write_photos
 from tests.servers import free_port
 from tests.support import wait_until
@@ -44,7 +44,7 @@ pytestmark = [
 #: The model that a build takes which names none: the verdict is about that one.
 MODEL = {"model": "tf_efficientnet_lite0", "pretrained": True}
 
-N_PHOTOS = 256
+N_PHOTOS = 512
 
 #: Seconds by which the page may lag behind; the bar is 2, and this machine does other things.
 LAG_S = 6.0
@@ -61,7 +61,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
     with World() as made:
-        write_photos(made.datasets / "photos", N_PHOTOS, seed=100)
+        write_slow(made.datasets / "photos", N_PHOTOS, seed=100)
         yield made
 
 

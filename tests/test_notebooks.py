@@ -36,7 +36,7 @@ SHOWN = {
     "02_cluster_and_health.ipynb": (
         "distributed</b> a build would use the workers",
         r"^{'workers': [1-9]\d*, 'local': 0}$",
-        "found 87 = indexed 87 ",
+        "found 870 = indexed 870 ",
         # One worker was killed: its batch went to the other one, and none to this machine.
         "batch .* goes out again",
         r"^\({'workers': \d+, 'local': 0}, \[\]\)$",

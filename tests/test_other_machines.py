@@ -87,7 +87,7 @@ def expected(site: Site) -> Tables:
     """The index of each dataset that a machine with the pictures makes alone."""
     folders = [site.datasets / name for name in ("photos", "many", "mixed", "wide")]
     photos, many, mixed, wide = folders
-    write_photos(photos, 64)
+    write_slow(photos, 64)
     noise = np.random.default_rng(0)
     for number in range(N_LARGE):
         pixels = noise.integers(0, 256, (1000, 1000, 3), dtype=np.uint8)
@@ -171,7 +171,8 @@ def test_build_begins_locally_at_once_and_names_the_cause(
 ) -> None:
     since = time.time()
     try:
-        client = Remote(desk, "photos", REDIS_URL=fault(inside, host))
+        # Slow, so that the process is there long enough to be seen.
+        client = Remote(desk, "photos", REDIS_URL=fault(inside, host), **inside.slow)
         begun = client.local_start(since)
         run = client.result()
     finally:
@@ -187,6 +188,8 @@ def test_build_begins_locally_at_once_and_names_the_cause(
 def test_pulled_cable_moves_the_work_here_and_back_once_it_is_plugged_in(
     inside: Site, host: Machine, desk: Machine, workers: list[Worker], expected: Tables
 ) -> None:
+    for worker in workers:  # a cable was pulled before
+        worker.wait_until_usable()
     # So many that local work does not end before the workers are connected again.
     client = Remote(desk, "many", **inside.slow)
     client.until(lambda: bool(inside.claims(client.run_id)), "a batch at work")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from tests.pictures import bomb_png, encoded, png, turned, write_bad_files, write_photos
+from tests.pictures import bomb_png, encoded, jpeg, png, turned, write_bad_files, write_photos
 from toolkit.embedding.runner import Runner
 from toolkit.embedding.spec import EncoderSpec, Preprocessing
 from toolkit.errors import RunCancelledError
@@ -272,6 +273,52 @@ def test_a_failing_model_is_not_the_pictures_fault(tmp_path: Path) -> None:
         embed(broken, a_batch(written(tmp_path, RED)))
 
     broken.close()
+
+
+@pytest.mark.parametrize(
+    ("decode", "input_size", "crop_pct", "seen"),
+    [
+        ("full", (3, 16, 16), 1.0, (96, 64)),
+        ("reduced", (3, 16, 16), 1.0, (24, 16)),
+        ("reduced", (3, 32, 32), 1.0, (48, 32)),
+        ("reduced", (3, 33, 33), 1.0, (96, 64)),
+        # 28 is cropped out of 32, and 29 out of 33.
+        ("reduced", (3, 28, 28), 0.875, (48, 32)),
+        ("reduced", (3, 29, 29), 0.875, (96, 64)),
+        # Either edge of the input may be the longer one.
+        ("reduced", (3, 33, 20), 1.0, (96, 64)),
+        ("reduced", (3, 20, 33), 1.0, (96, 64)),
+    ],
+)
+def test_only_a_reduced_encoder_is_given_less_and_never_too_little(
+    decode: str,
+    input_size: tuple[int, int, int],
+    crop_pct: float,
+    seen: tuple[int, int],
+    tmp_path: Path,
+) -> None:
+    class Watching(MeanColour):
+        spec = dataclasses.replace(
+            SPEC,
+            decode=decode,
+            preprocessing=dataclasses.replace(
+                PREPROCESSING, input_size=input_size, crop_pct=crop_pct
+            ),
+        )
+
+        def prepare(self, rgb: Image.Image) -> NDArray[np.uint8]:
+            sizes.append(rgb.size)
+            return super().prepare(rgb)
+
+    sizes: list[tuple[int, int]] = []
+    paths = written(tmp_path, jpeg((96, 64)), png((96, 64)))
+    runner = Runner(Watching(), decode_threads=1, max_pixels=96 * 64)
+
+    answers = embed(runner, a_batch(paths)).embedded
+    runner.close()
+
+    assert sizes == [seen, (96, 64)]
+    assert [(a.width, a.height) for a in answers] == [(96, 64)] * 2
 
 
 def test_the_limit_of_pixels_holds_on_either_side_of_large(tmp_path: Path) -> None:

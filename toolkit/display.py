@@ -172,6 +172,8 @@ def run_text(record: RunRecord) -> str:
     elif record.state in (RunState.DONE, RunState.HELD):
         lines.append(books_text(record))
         lines.append(f"{seconds_text(record.seconds)}{_recall_text(record)}")
+    if record.fidelity:
+        lines.append(record.fidelity)
     if any(record.batches.values()):
         lines.append(roads_text(record))
     if record.error:
@@ -191,6 +193,8 @@ def run_html(record: RunRecord, failures: Sequence[Mapping[str, Any]] = ()) -> s
     else:
         parts.append(escape(books_text(record)))
         parts.append(f"{seconds_text(record.seconds)}{_recall_text(record)}")
+    if record.fidelity:
+        parts.append(escape(record.fidelity))
     if any(record.batches.values()) and record.moves:
         parts.append(escape(roads_text(record)))
     if record.error:

@@ -10,19 +10,17 @@ import contextlib
 import dataclasses
 import logging
 import sqlite3
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from toolkit.catalog import open_catalog, transaction
 from toolkit.config import Settings
-from toolkit.dispatch.dispatcher import Dispatcher
 from toolkit.dispatch.local import warm_executor
-from toolkit.dispatch.roads import Roads
 from toolkit.embedding.spec import EncoderRequest, EncoderSpec, SpecCache
-from toolkit.embedding.store import SegmentWriter, VectorStore
+from toolkit.embedding.store import VectorStore
 from toolkit.embedding.weights import find_weights
+from toolkit.embedding_stage import EmbeddingStage, last_rate
 from toolkit.errors import (
     BuildFailedError,
     BuildHeldError,
@@ -31,23 +29,19 @@ from toolkit.errors import (
     IndexConflictError,
     IndexNotFoundError,
     RunCancelledError,
-    RunNotFoundError,
 )
-from toolkit.faults import point
 from toolkit.images.decode import DECODE_VERSION
 from toolkit.images.scan import Scan
 from toolkit.images.walk import Rules
 from toolkit.index.build import publish, write_version
 from toolkit.index.vector_index import DTYPE_BYTES
 from toolkit.index.version import IndexVersion, open_current
-from toolkit.journal import RunJournal, list_runs
+from toolkit.journal import RunJournal
 from toolkit.machine import free_bytes
-from toolkit.places import data_in_use, index_dir, index_lock, runs_dir
+from toolkit.places import data_in_use, index_dir, index_lock
 from toolkit.planning import Losses, Plan
-from toolkit.records import Failed, FailureKind, Item, Outcome
 from toolkit.request import BuildRequest, PlanReport
-from toolkit.run_record import LEAST_IMAGES, RunState
-from toolkit.text import fallback_text
+from toolkit.run_record import RunState
 
 logger = logging.getLogger(__name__)
 
@@ -136,9 +130,6 @@ class _Build:
         self._request, self._settings, self._db = request, settings, catalog
         self._folder = index_dir(settings.data_dir, request.name)
         self._scan = Scan(catalog, request.sources)
-        self._reread: set[int] = set()
-        self._embedded = 0
-        self._told_at = 0.0
         if journal is not None:
             self._journal = journal
         self._previous: IndexVersion | None = None
@@ -178,9 +169,10 @@ class _Build:
             journal.event("plan", **dataclasses.asdict(report))
             logger.info("run %s: %s", journal.record.run_id, report)
             self.check_space(report)
-            self._embed(plan, spec, report.to_embed)
+            stage = EmbeddingStage(request, self._settings, self._db, self._scan, journal)
+            n_embedded = stage.run(plan, spec, report.to_embed)
             self._stop_if_cancelled()
-            self._close_books(plan, report)
+            self._close_books(plan, n_embedded, report)
             self._publish(plan, spec)
 
     def check_conflict(self, spec: EncoderSpec | None) -> None:
@@ -260,139 +252,14 @@ class _Build:
             where = str(self._settings.data_dir)
             raise DiskFullError(where, int(SPACE_MARGIN * report.needed_bytes), report.free_bytes)
 
-    def _embed(self, plan: Plan, spec: EncoderSpec, total: int) -> None:
-        if not total:
-            return
-        store, journal = VectorStore(self._db, self._settings.data_dir, spec), self._journal
-        journal.stage("load")
-        with (
-            Roads(
-                self._request.encoder,
-                spec,
-                self._settings,
-                journal.record.run_id,
-                distributed=self._request.distributed,
-                on_move=self._note_move,
-                cancelled=lambda: journal.is_cancelled,
-            ) as roads,
-            store.writer(journal.record.run_id) as writer,
-        ):
-            roads.open()
-            self._stop_if_cancelled()
-            journal.stage("embed", total)
-            self._told_at = time.monotonic()
-            # Again until nothing is left: a file that changed under the build, or whose copy
-            # failed, comes back with what is known of it now.
-            while n_left := plan.n_to_embed():
-                self._dispatch(plan, roads, store, writer, spec, n_left)
-                # What one file was found to be, its copies are as well.
-                plan.apply_failures()
-
-    def _note_move(self, before: str | None, road: str, device: str, reason: str | None) -> None:
-        """Write down which road is taken from now on, and why."""
-        record, journal = self._journal.record, self._journal
-        record.road, record.device = road, device
-        journal.event("road", road=road, device=device, before=before, reason=reason)
-        eta_s = [self._eta_s(name) for name in ("workers" if before is None else before, road)]
-        if before is not None:
-            move = {"at": time.time(), "from": before, "to": road, "reason": reason}
-            record.moves.append({**move, "batches": record.batches[before], "eta_s": eta_s})
-        if reason is not None:
-            record.fallback_reason = record.fallback_reason or reason
-            logger.warning("run %s: %s", record.run_id, fallback_text(reason, eta_s))
-        else:
-            logger.info("run %s embeds on the road %s, %s", record.run_id, road, device)
-        journal.write()
-
-    def _eta_s(self, road: str) -> float | None:
-        """Seconds that what is left would take on a road, as far as anything tells."""
-        record = self._journal.record
-        rate = record.rate(road) or last_rate(self._settings.data_dir, record.encoder, road)
-        return record.accounting.pending / rate if rate else None
-
-    def _dispatch(
-        self,
-        plan: Plan,
-        roads: Roads,
-        store: VectorStore,
-        writer: SegmentWriter,
-        spec: EncoderSpec,
-        n_items: int,
-    ) -> None:
-        journal = self._journal
-        dispatcher = Dispatcher(
-            roads,
-            spec,
-            max_retries=self._settings.celery_max_retries,
-            cancelled=lambda: journal.is_cancelled or roads.workers_cancelled,
-            on_loss=lambda reason, n: journal.event("lost", reason=reason, suspects=n),
-        )
-        for road, outcome in dispatcher.run(self._wanted(plan, store), n_items):
-            point("after-embed")
-            self._store(plan, writer, outcome)
-            journal.record.batches[road] += 1
-            self._tell(road, len(outcome.embedded), len(outcome.failed))
-
-    def _tell(self, road: str, n_embedded: int, n_failed: int) -> None:
-        """The books while they are open: what has a vector counts as indexed."""
-        record, now = self._journal.record, time.monotonic()
-        record.images[road] = record.images.get(road, 0) + n_embedded
-        record.road_seconds[road] = record.road_seconds.get(road, 0.0) + now - self._told_at
-        self._told_at = now
-        books = record.accounting
-        books.embedded = self._embedded
-        books.pending -= n_embedded + n_failed
-        books.indexed += n_embedded
-        books.failed += n_failed
-        record.embed_seconds = time.time() - record.stage_started
-        self._journal.progress(record.done + n_embedded + n_failed)
-
     def _stop_if_cancelled(self) -> None:
         if self._journal.is_cancelled:
             raise RunCancelledError("the run was cancelled", self._journal.record.run_id)
 
-    def _wanted(self, plan: Plan, store: VectorStore) -> Iterator[Item]:
-        """What is to embed, less what another build has stored in the meantime."""
-        for item in plan.to_embed():
-            if item.key is None or not store.has([item.key]):
-                yield item
-
-    def _store(self, plan: Plan, writer: SegmentWriter, outcome: Outcome) -> None:
-        first = writer.append(outcome.vectors) if outcome.embedded else 0
-        failed = tuple(self._judged(failure) for failure in outcome.failed)
-        point("before-commit")
-        with transaction(self._db):
-            outcome = dataclasses.replace(outcome, failed=failed)
-            writer.record(outcome, first, DECODE_VERSION, self._settings.max_pixels)
-            for embedded in outcome.embedded:
-                self._scan.identify(embedded.item_id, embedded.key, embedded.stat)
-            for failure in failed:
-                self._note_failure(plan, failure)
-        point("after-commit")
-        self._embedded += len(outcome.embedded)
-
-    def _judged(self, failure: Failed) -> Failed:
-        """Fill in what only this side knows: the content of what killed its reader."""
-        if failure.kind is FailureKind.CRASH and failure.key is None:
-            return dataclasses.replace(failure, key=self._scan.reread(failure.item_id))
-        return failure
-
-    def _note_failure(self, plan: Plan, failure: Failed) -> None:
-        if failure.key is not None:
-            self._scan.identify(failure.item_id, failure.key, failure.stat)
-        if failure.kind is FailureKind.CHANGED and failure.item_id not in self._reread:
-            # Once more, with its content as it is now.
-            self._reread.add(failure.item_id)
-            if self._scan.reread(failure.item_id) is not None:
-                return
-        self._scan.fail(failure.item_id, failure.kind, failure.reason)
-        if failure.kind is FailureKind.UNREADABLE:
-            plan.keep(failure.item_id)
-
-    def _close_books(self, plan: Plan, report: PlanReport) -> None:
+    def _close_books(self, plan: Plan, n_embedded: int, report: PlanReport) -> None:
         journal, name = self._journal, self._request.name
         journal.failures(plan.failures())
-        books = plan.accounting(self._embedded, report.reused)
+        books = plan.accounting(n_embedded, report.reused)
         journal.record.accounting = books
         books.check(journal.record.run_id)
         if self._request.accept_changes and self._previous is not None:
@@ -470,23 +337,3 @@ class _Build:
         )
         kept = self._journal.record.accounting.kept
         return published == (digest, spec.fingerprint, self._request.dtype, kept)
-
-
-def last_rate(data_dir: Path, encoder: str, road: str | None = None) -> float | None:
-    """Images per second of the newest run that embedded enough with an encoder to tell.
-
-    Args:
-        data_dir: The data folder.
-        encoder: In words, as the record has it.
-        road: The road meant, ``None`` for whatever that run took.
-    """
-    for view in list_runs(runs_dir(data_dir)):
-        with contextlib.suppress(RunNotFoundError):
-            record = view.record()
-            if record.encoder != encoder:
-                continue
-            if road is not None and (rate := record.rate(road)):
-                return rate
-            if road is None and record.accounting.embedded >= LEAST_IMAGES:
-                return record.accounting.embedded / max(record.embed_seconds, 1e-3)
-    return None

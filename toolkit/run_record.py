@@ -96,7 +96,8 @@ class Progress:
 
     Attributes:
         state: What it is doing or how it ended.
-        stage: ``scan``, ``load`` (the model), ``embed``, ``index``, ``publish`` or empty.
+        stage: ``scan``, ``load`` (the model), ``embed``, ``fidelity``, ``index``, ``publish`` or
+            empty.
         done: Images done in this stage.
         total: Where that is heading, 0 when unknown.
         rate: Images per second since the stage began, 0 when unknown.
@@ -141,6 +142,7 @@ class RunRecord:
             ``batches`` that the road left behind had done, ``eta_s`` before and after.
         fallback_reason: The first reason for not using workers, or ``None``.
         recall_at_10: Of the published index, or ``None``.
+        fidelity: How far a faster encoder moved the vectors of this run, in words, or ``None``.
         losses: When held: images that would be removed, and files that newly fail.
         error: One sentence when it failed or was held.
     """
@@ -170,6 +172,7 @@ class RunRecord:
     moves: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     fallback_reason: str | None = None
     recall_at_10: float | None = None
+    fidelity: str | None = None
     losses: tuple[int, int] | None = None
     error: str | None = None
 
@@ -216,6 +219,7 @@ class RunRecord:
             "fallback_reason": self.fallback_reason,
             "moves": self.moves,
             "recall_at_10": self.recall_at_10,
+            "fidelity": self.fidelity,
             "seconds": round(self.seconds, 3),
             "error": self.error,
         }

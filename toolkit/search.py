@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from toolkit import display
 from toolkit.config import Settings
 from toolkit.embedding.spec import IMPORTED, EncoderRequest, EncoderSpec
+from toolkit.embedding_stage import last_rate
 from toolkit.errors import EncoderMismatchError, IndexNotFoundError, QueryError
 from toolkit.hits import Hit, Hits
 from toolkit.images.identity import image_key
 from toolkit.index import curate, quality
 from toolkit.index.items import ItemRow
 from toolkit.index.version import IndexVersion, open_current
-from toolkit.pipeline import last_rate
 from toolkit.places import index_dir
 from toolkit.query import Query, embed_bytes, file_bytes
 from toolkit.records import show_path

@@ -10,6 +10,7 @@ import click
 
 from toolkit import config
 from toolkit.cli.main import main
+from toolkit.cli.options import with_encoder
 from toolkit.cli.printing import as_json, print_json, print_rows
 from toolkit.errors import RunError
 from toolkit.text import seconds_text
@@ -35,8 +36,7 @@ def datasets(as_json: bool) -> None:
 @click.argument("datasets", nargs=-1, required=True, metavar="NAME|FOLDER|LIST...")
 @click.option("--name", help="Name of the index.  [default: the datasets' names joined by +]")
 @click.option("--model", help="Any timm name (TOOLKIT_MODEL).")
-@click.option("--checkpoint-path", help="Weights: a file, or a folder with model.safetensors.")
-@click.option("--random-weights", is_flag=True, help="Random weights, for tests.")
+@with_encoder
 @click.option("--head", default="features", help="features, or projection for a CLIP tower.")
 @click.option("--img-size", type=int, help="Side of the model's input in pixels.")
 @click.option("--global-pool", help="Another pooling than the model's own, by timm's name.")
@@ -58,7 +58,7 @@ def build(
     datasets: tuple[str, ...],
     local: bool,
     require_workers: bool,
-    random_weights: bool,
+    encoder: dict[str, Any],
     exclude: tuple[str, ...],
     dry_run: bool,
     detach: bool,
@@ -77,7 +77,7 @@ def build(
     if local and require_workers:
         raise click.UsageError("--local and --require-workers exclude each other")
     options["distributed"] = "require" if require_workers else not local
-    options["pretrained"] = not random_weights
+    options |= encoder
     options["exclude"] = (*DEFAULT_EXCLUDES, *exclude)
     if dry_run:
         _print_plan(api.plan(list(datasets), **options), as_json)

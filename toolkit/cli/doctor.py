@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toolkit.cli.main import main
+from toolkit.cli.options import with_encoder
 from toolkit.cli.printing import as_json, print_json, print_rows
 
 if TYPE_CHECKING:
@@ -19,8 +20,7 @@ _WATCH_S = 2.0
 
 @main.command()
 @click.option("--model", help="Model to look for (TOOLKIT_MODEL).")
-@click.option("--checkpoint-path", help="Weights: a file, or a folder with model.safetensors.")
-@click.option("--random-weights", is_flag=True, help="Random weights, for tests.")
+@with_encoder
 @click.option("--quick", is_flag=True, help="Do not load the model on this machine.")
 @click.option("--watch", is_flag=True, help="Look again every 2 s, until Ctrl-C.")
 @click.option("--dispatch", is_flag=True, help="Send rubbish and a picture to the workers, too.")
@@ -28,8 +28,7 @@ _WATCH_S = 2.0
 @as_json
 def doctor(
     model: str | None,
-    checkpoint_path: str | None,
-    random_weights: bool,
+    encoder: dict[str, Any],
     quick: bool,
     watch: bool,
     dispatch: bool,
@@ -41,7 +40,6 @@ def doctor(
     The verdict is what a build would do now: distributed (use workers), local (work on this
     machine alone) or broken (fail). Exit code 1 when it is broken.
     """
-    encoder = {"checkpoint_path": checkpoint_path, "pretrained": not random_weights}
     report = _look(model, quick, encoder)
     _show(report, as_json, _sent(model, encoder) if dispatch else [])
     try:

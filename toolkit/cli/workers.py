@@ -9,35 +9,19 @@ import click
 
 from toolkit import config
 from toolkit.cli.main import main
+from toolkit.cli.options import with_encoder
 from toolkit.cli.printing import as_json, print_json, print_rows
 
-_encoder_options = (
-    click.option("--checkpoint-path", help="Weights: a file, or a folder with model.safetensors."),
-    click.option("--random-weights", is_flag=True, help="Random weights, for tests."),
-)
 
-
-def _with_encoder(command: Any) -> Any:
-    """Options that name the encoder of a worker, beside its model."""
-    for option in _encoder_options:
-        command = option(command)
-    return command
-
-
-def _requests(
-    models: tuple[str, ...], checkpoint_path: str | None, random_weights: bool
-) -> list[Any]:
+def _requests(models: tuple[str, ...], encoder: dict[str, Any]) -> list[Any]:
     from toolkit.embedding.spec import EncoderRequest  # deferred, as in the other commands
 
-    return [
-        EncoderRequest(model=model, checkpoint_path=checkpoint_path, pretrained=not random_weights)
-        for model in models or (config.resolve().model,)
-    ]
+    return [EncoderRequest(model, **encoder) for model in models or (config.resolve().model,)]
 
 
 @main.command()
 @click.option("--model", "models", multiple=True, help="Model to serve; may be repeated.")
-@_with_encoder
+@with_encoder
 @click.option(
     "--pool",
     type=click.Choice(["prefork", "solo", "threads"]),
@@ -50,8 +34,7 @@ def _requests(
 @click.option("--loglevel", default="info", show_default=True, help="debug, info, warning, error.")
 def worker(
     models: tuple[str, ...],
-    checkpoint_path: str | None,
-    random_weights: bool,
+    encoder: dict[str, Any],
     pool: str,
     devices: str,
     threads: int | None,
@@ -64,12 +47,11 @@ def worker(
     """
     from toolkit.worker import process, supervisor
 
-    is_named = models or checkpoint_path or random_weights
+    asked = _requests(models, encoder)
     settings = config.resolve(threads=threads)
     plan = supervisor.Plan(
-        encoders=_requests(models, checkpoint_path, random_weights)
-        if is_named
-        else process.served(),
+        # Without a word on it: what the environment names.
+        encoders=asked if models or asked != _requests((), {}) else process.served(),
         devices=supervisor.devices(devices),
         pool=pool,
         log_level=loglevel,
@@ -85,12 +67,12 @@ def cluster() -> None:
 @cluster.command()
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(min=1))
 @click.option("--model", help="Model that they serve (TOOLKIT_MODEL).")
-@_with_encoder
-def up(workers: int, model: str | None, checkpoint_path: str | None, random_weights: bool) -> None:
+@with_encoder
+def up(workers: int, model: str | None, encoder: dict[str, Any]) -> None:
     """Start them, or what is missing of them; they stay until `toolkit cluster down`."""
     from toolkit.cluster import local
 
-    (request,) = _requests((model,) if model else (), checkpoint_path, random_weights)
+    (request,) = _requests((model,) if model else (), encoder)
     settings = config.resolve()
     local.cluster_up(workers, request, settings)
     _print_status(local.cluster_status(settings))

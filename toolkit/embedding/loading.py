@@ -7,6 +7,7 @@ process need not load torch at all.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -25,6 +26,7 @@ from toolkit.embedding import openvino_model
 from toolkit.embedding.encoder import Encoder
 from toolkit.embedding.openvino_model import EngineError, OpenVinoModel
 from toolkit.embedding.spec import (
+    LEAST_BF16_COSINE,
     EncoderRequest,
     EncoderSpec,
     SpecCache,
@@ -93,15 +95,16 @@ def load_encoder(
 
         device = resolved_device(device)
         weights = obtain_weights(request, data_dir)
-        spec, model = make_plain(request, weights)
-        network = as_network(model, spec.preprocessing)
-        encoder = Encoder(spec, TorchModel(network, device, threads, batch_size))
+        spec, plain = make_plain(request, weights)
+        network = as_network(plain, spec.preprocessing)
+        model = TorchModel(network, device, threads, batch_size, request.precision)
+        encoder = Encoder(spec, model)
         if not np.isfinite(encoder.golden).all():
             raise ModelError(
                 f"{request.model} gives vectors that are not finite; use other weights"
             )
         if exports and device == "cpu":
-            encoder = exports.make(request, weights, encoder, network) or encoder
+            encoder = exports.make(request, weights, spec, network) or encoder
     cache = SpecCache(data_dir / "specs")
     encoder.spec = cache.settle(
         encoder.spec, encoder.golden, encoder.model.device.partition(":")[0]
@@ -124,10 +127,15 @@ class _Exports:
         record = read_json(folder / _RECORD)
         if "golden" not in record:
             return None
-        spec = EncoderSpec.from_json(record["spec"])
+        exact = EncoderSpec.from_json(record["spec"])
+        spec = dataclasses.replace(exact, precision=request.precision, decode=request.decode)
+        golden = np.array(record["golden"], np.float32)
         try:
-            encoder = self._encoder(folder, spec, np.array(record["golden"], np.float32))
+            encoder = self._encoder(folder, spec, golden)
         except EngineError as error:
+            if spec.precision != exact.precision and self._is_sound(folder, exact, golden):
+                logger.warning("torch runs %s in %s: %s", request.model, request.precision, error)
+                return None
             logger.warning("the export of %s in %s goes: %s", request.model, folder, error)
             shutil.rmtree(folder, ignore_errors=True)
             return None
@@ -138,7 +146,7 @@ class _Exports:
         self,
         request: EncoderRequest,
         weights: WeightsFile | None,
-        plain: Encoder,
+        spec: EncoderSpec,
         network: torch.nn.Module,
     ) -> Encoder | None:
         """Export a model and open it; ``None``, with a note for the next time, if it is unfit."""
@@ -150,7 +158,7 @@ class _Exports:
                 # Somebody else may have been faster.
                 known = read_json(folder / _RECORD)
                 if not known:
-                    self._export(folder, plain, network)
+                    self._export(folder, spec, network)
         except (OSError, Timeout) as error:
             logger.warning("%s is not exported, torch runs it: %s", request.model, error)
             return None
@@ -161,7 +169,12 @@ class _Exports:
             )
         return encoder
 
-    def _export(self, folder: Path, plain: Encoder, network: torch.nn.Module) -> None:
+    def _export(self, folder: Path, spec: EncoderSpec, network: torch.nn.Module) -> None:
+        from toolkit.embedding.torch_model import TorchModel  # loaded by whoever made the network
+
+        # What is exported is exact, whatever it will be run in.
+        spec = dataclasses.replace(spec, precision="fp32", decode="full")
+        plain = Encoder(spec, TorchModel(network, "cpu", self._threads))
         n_bytes = sum(p.numel() * p.element_size() for p in network.parameters())
         if free_bytes(self._folder) < 4 * n_bytes:
             raise OSError("the disk has no room for it")
@@ -184,13 +197,29 @@ class _Exports:
 
     def _encoder(self, folder: Path, spec: EncoderSpec, golden: NDArray[np.float32]) -> Encoder:
         model = OpenVinoModel(
-            folder, spec.preprocessing.input_size, self._threads, self._batch_size
+            folder,
+            spec.preprocessing.input_size,
+            self._threads,
+            self._batch_size,
+            spec.precision,
         )
         encoder = Encoder(spec, model)
-        if not agree(golden, encoder.golden, {"cpu"}):
+        if spec.precision == "fp32":
+            is_right = agree(golden, encoder.golden, {"cpu"})
+        else:
+            is_right = bool((golden * encoder.golden).sum(axis=1).min() >= LEAST_BF16_COSINE)
+        if not is_right:
             difference = float(np.abs(golden - encoder.golden).max())
             raise EngineError(f"OpenVINO moves its vectors by {difference:.1e}")
         return encoder
+
+    def _is_sound(self, folder: Path, exact: EncoderSpec, golden: NDArray[np.float32]) -> bool:
+        """Whether an export serves the exact encoder, whatever else cannot run it."""
+        try:
+            self._encoder(folder, exact, golden)
+        except EngineError:
+            return False
+        return True
 
     def _prune(self) -> None:
         found = sorted(self._folder.glob(f"*/{_RECORD}"), key=lambda p: p.parent.stat().st_mtime)
@@ -199,7 +228,7 @@ class _Exports:
 
     def _place(self, request: EncoderRequest, weights: WeightsFile | None) -> Path:
         parts = {
-            "request": {**request.to_json(), "checkpoint_path": None},
+            "request": {**request.exact.to_json(), "checkpoint_path": None},
             "weights": weights.sha256 if weights else None,
             "config": read_json(weights.config) if weights and weights.config else None,
             "versions": [version_of(name) for name in ("openvino", "timm", "torch")],

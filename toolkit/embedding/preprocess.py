@@ -59,6 +59,11 @@ def prepare(rgb: Image.Image, how: Preprocessing) -> NDArray[np.uint8]:
     return np.asarray(_centered(rgb, wanted[0], wanted[1], fill))
 
 
+def least_edge(how: Preprocessing) -> int:
+    """Pixels that the shorter edge of a picture must have for a model to see all it can see."""
+    return max(math.floor(edge / how.crop_pct) for edge in how.input_size[1:])
+
+
 def golden_pictures() -> list[Image.Image]:
     """A few pictures that are the same everywhere and for ever."""
     pictures = []

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.embedding.preprocess import least_edge
 from toolkit.embedding.spec import EncoderSpec
 from toolkit.errors import ChangedError, DecodeError, RunCancelledError, UnreadableError
 from toolkit.images.decode import decode, read_file
@@ -91,6 +92,8 @@ class Runner:
 
     def __init__(self, encoder: PixelEncoder, *, decode_threads: int, max_pixels: int) -> None:
         self._encoder = encoder
+        is_reduced = encoder.spec.decode == "reduced"
+        self._least_edge = least_edge(encoder.spec.preprocessing) if is_reduced else None
         self.max_pixels = max_pixels
         self._pool = ThreadPoolExecutor(decode_threads, "decode")
         self._memory = _Memory(decode_threads)
@@ -178,7 +181,7 @@ class Runner:
                     f"{show_path(item.path)} changed while being read: it is no longer what the "
                     "scan saw; the next build tries it again"
                 )
-            picture = decode(data, max_pixels=max_pixels)
+            picture = decode(data, max_pixels=max_pixels, least_edge=self._least_edge)
         except (UnreadableError, ChangedError, DecodeError) as error:
             return Failed(item.id, _KINDS[type(error)], str(error), key, stat)
         except MemoryError:

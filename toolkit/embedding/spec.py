@@ -33,13 +33,16 @@ EXACT_TOLERANCE = 1e-5
 #: Least cosine between two runs of one encoder where an accelerator takes part.
 LEAST_COSINE = 0.9999
 
+#: Least cosine to exact vectors that arithmetic in bf16 may leave; below, something is broken.
+LEAST_BF16_COSINE = 0.9
+
 #: Architecture of vectors whose encoder nobody named.
 IMPORTED = "imported"
 
 _ALLOWED = {
     "head": ("features", "projection"),
-    "precision": ("fp32",),
-    "decode": ("full",),
+    "precision": ("fp32", "bf16"),
+    "decode": ("full", "reduced"),
 }
 
 
@@ -55,8 +58,10 @@ class EncoderRequest:
         img_size: Edge of the square input in pixels; ``None`` is what the weights were made for.
         global_pool: Another pooling than the model's own, by timm's name.
         head: ``features``, or ``projection`` for a CLIP tower with its projection.
-        precision: Arithmetic of the model.
-        decode: Way from bytes to pixels.
+        precision: Arithmetic of the model: ``fp32``, or ``bf16``, which is faster and moves
+            the vectors.
+        decode: Way from bytes to pixels: ``full``, or ``reduced``, which decodes a JPEG at a
+            half, a quarter or an eighth of its size where the model looks at no more.
         seed: Of random weights only; ``None`` is 0.
     """
 
@@ -83,6 +88,11 @@ class EncoderRequest:
                 f"{self.model!r} is no name of a timm model; give one such as "
                 "'vit_base_patch16_224', and weights of your own with checkpoint_path="
             )
+
+    @property
+    def exact(self) -> EncoderRequest:
+        """The same encoder without what makes it faster and moves its vectors."""
+        return dataclasses.replace(self, precision="fp32", decode="full")
 
     @property
     def has_weights(self) -> bool:
@@ -163,6 +173,11 @@ class EncoderSpec:
     dim: int
     revision: int = 0
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether its vectors are those of plain timm."""
+        return (self.precision, self.decode) == ("fp32", "full")
+
     @classmethod
     def imported(cls, dim: int, source: str) -> EncoderSpec:
         """The spec of vectors that another program made, by an encoder nobody named.
@@ -184,7 +199,12 @@ class EncoderSpec:
         words = f"{self.dim}-d vectors of {self.architecture}"
         if self.head == "projection":
             words += " with its projection head"
-        return words + (" with random weights" if self.weights_sha256 == "random" else "")
+        if self.weights_sha256 == "random":
+            words += " with random weights"
+        fast = [self.precision] * (self.precision == "bf16") + ["reduced decoding"] * (
+            self.decode == "reduced"
+        )
+        return words + (f", not exact: {' and '.join(fast)}" if fast else "")
 
     def to_json(self) -> dict[str, Any]:
         """The JSON form."""

@@ -38,12 +38,18 @@ class TorchModel:
         device: From :func:`resolved_device`.
         threads: Runs of the model side by side on processors.
         batch_size: Images that go through it at once; by default what the device does best.
+        precision: ``fp32``, or ``bf16`` where torch's autocast takes it.
     """
 
     engine = "torch"
 
     def __init__(
-        self, network: torch.nn.Module, device: str, threads: int, batch_size: int | None = None
+        self,
+        network: torch.nn.Module,
+        device: str,
+        threads: int,
+        batch_size: int | None = None,
+        precision: str = "fp32",
     ) -> None:
         is_cpu = device == "cpu"
         self.device = device
@@ -51,6 +57,7 @@ class TorchModel:
         self.n_lanes = threads if is_cpu else 1
         torch.set_num_threads(1 if is_cpu else threads)
         self._network = network.to(device)
+        self._is_exact = precision == "fp32"
 
     def enter_lane(self) -> None:
         """See :class:`toolkit.embedding.encoder.Model`."""
@@ -64,11 +71,16 @@ class TorchModel:
         try:
             if self.device.startswith("cuda"):
                 batch = batch.pin_memory()
-            vectors = self._network(batch.to(self.device, non_blocking=True))
+            kind = self.device.partition(":")[0]
+            with torch.autocast(kind, dtype=torch.bfloat16, enabled=not self._is_exact):
+                vectors = self._network(batch.to(self.device, non_blocking=True))
             out: NDArray[np.float32] = vectors.float().cpu().numpy()
+            return out
         except torch.OutOfMemoryError as error:
-            raise MemoryError(str(error)) from error
-        return out
+            reason = str(error)
+        # Not from that error: its traceback would keep on the device what did not fit there,
+        # and fewer would not fit either.
+        raise MemoryError(reason)
 
 
 class Network(torch.nn.Module):

@@ -75,6 +75,7 @@ _RUN = {
     "fallback_reason": _or_null(_TEXT),
     "moves": {"type": "array", "items": {"type": "object"}},
     "recall_at_10": _or_null(_NUMBER),
+    "fidelity": _or_null(_TEXT),
     "seconds": _NUMBER,
     "error": _or_null(_TEXT),
     "host": _TEXT,
