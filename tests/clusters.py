@@ -90,6 +90,8 @@ class World:
             "TOOLKIT_NAMESPACE": "world",
             "TOOLKIT_DATA_DIR": str(self.folder / "data"),
             "TOOLKIT_DATASETS_DIR": str(self.datasets),
+            # Of all tests: no worker exports a model that another one has exported.
+            "TOOLKIT_ENGINE_DIR": os.environ["TOOLKIT_ENGINE_DIR"],
             "PYTHONPATH": str(self.folder / "sabotage"),
             _MARK: self.mark,
         }

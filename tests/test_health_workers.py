@@ -262,7 +262,7 @@ def test_worker_with_other_weights_is_not_believed(world: World, tmp_path: Path)
 
     check = named(report)["workers"]
     assert report.verdict == "local"
-    assert "serves test_vit with other weights or preprocessing" in check.detail
+    assert "serves test_vit with other weights, preprocessing or precision" in check.detail
 
 
 @pytest.mark.slow

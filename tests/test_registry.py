@@ -332,7 +332,10 @@ def test_a_worker_that_is_ready_or_busy_can_serve_its_encoder(state: WorkerState
     [
         (a_view(a_work(), protocol=2, version="0.9"), "speaks protocol 2 (release 0.9)"),
         (a_view(a_work(), encoders={DOGS: "resnet18"}), "`toolkit worker --model test_vit`"),
-        (a_view(a_work(), encoders={DOGS: "test_vit"}), "with other weights or preprocessing"),
+        (
+            a_view(a_work(), encoders={DOGS: "test_vit"}),
+            "with other weights, preprocessing or precision",
+        ),
         (a_view(a_work(), queues=("v1.none",)), f"consumes v1.none, not {queue_name(CATS)}"),
         (a_view(a_work(), visibility_timeout_s=60.0), "the same CELERY_TASK_TIME_LIMIT"),
         (a_view(None, encoders={}, queues=()), "waits for its model"),

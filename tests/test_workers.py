@@ -135,6 +135,28 @@ def test_worker_that_cannot_serve_is_not_used_and_the_reason_is_told(
     assert required.record.batches == {"workers": 0, "local": 0}
 
 
+def test_fast_build_is_served_by_a_worker_that_was_started_for_it(inside: World) -> None:
+    fast = {"precision": "bf16", "decode": "reduced"}
+    env = {"TOOLKIT_NAMESPACE": "fast"}
+    flags = [f"--{name}={value}" for name, value in fast.items()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOOLKIT_NAMESPACE", "fast")
+        worker = inside.worker(env=env, flags=flags)
+        alone = tk.build_index("others", name="alone", distributed=False, **CHEAP, **fast)
+        expected = built("alone")
+        for name in ("catalog.sqlite", "catalog.sqlite-wal", "catalog.sqlite-shm"):
+            (inside.folder / "data" / name).unlink(missing_ok=True)
+
+        run = tk.build_index("others", name="others", distributed="require", **CHEAP, **fast)
+
+        with pytest.raises(ExecutorUnavailableError, match="serves test_vit with other weights"):
+            tk.build_index("others", name="exact", distributed="require", **CHEAP)
+        worker.stop()
+    assert alone.record.batches["workers"] == run.record.batches["local"] == 0
+    assert_same_table(built("others"), expected)
+    assert run.record.fidelity is not None
+
+
 def test_worker_that_is_busy_with_another_build_counts_as_available(
     inside: World, solo: Worker, expected: list[tuple[Any, ...]]
 ) -> None:

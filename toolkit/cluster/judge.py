@@ -52,9 +52,9 @@ def _other_encoder(view: WorkerView, fingerprint: str, model: str) -> str:
     theirs = [known for known, name in view.info.encoders.items() if name == model]
     if theirs:
         return (
-            f"{view} serves {model} with other weights or preprocessing (its encoder is "
-            f"{theirs[0][:12]}, this one {fingerprint[:12]}); give it the same weights and the "
-            "same release, then restart it"
+            f"{view} serves {model} with other weights, preprocessing or precision (its encoder is "
+            f"{theirs[0][:12]}, this one {fingerprint[:12]}); give it the same weights, options "
+            "and release, then restart it"
         )
     served = ", ".join(view.info.encoders.values()) or "no encoder"
     return f"{view} serves {served}, not {model}; start one with `toolkit worker --model {model}`"
