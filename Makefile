@@ -41,10 +41,9 @@ test: $(DEV) ## Every test but the soak
 soak: $(DEV) ## The long tests, minutes to hours
 	$(BIN)/pytest -m soak --timeout=0
 
-bench: $(DEV) ## Run every benchmark and print its numbers
-	$(BIN)/python benchmarks/local_vs_naive.py toolkit/samples/photos
-	$(BIN)/python benchmarks/publish.py
-	$(BIN)/python benchmarks/workers_vs_local.py toolkit/samples/photos
+bench: $(DEV) ## Run every benchmark, an hour or two, and write its numbers
+	$(BIN)/python benchmarks/roads.py --json benchmarks/results/roads.json
+	$(BIN)/python benchmarks/scale.py --json benchmarks/results/scale.json --svg docs/growth.svg
 	$(BIN)/python benchmarks/monitor.py
 
 fix: $(DEV) ## Format the code and mend what ruff can mend

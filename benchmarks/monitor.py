@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from common import Kind, photos_of
 from playwright.sync_api import Browser, Page, sync_playwright
-from workers_vs_local import copies_of
 
 import toolkit as tk
 from toolkit import config
@@ -41,7 +41,6 @@ from toolkit.cluster.server import find_binary
 from toolkit.journal import RunJournal
 from toolkit.places import runs_dir
 from toolkit.run_record import RunRecord, RunState
-from toolkit.samples import PHOTOS
 
 #: Builds and workers of the first paint.
 MANY = 50
@@ -60,7 +59,9 @@ def main() -> None:
         redis_port, port = free_port(), free_port()
         os.environ["REDIS_PORT"], os.environ["TOOLKIT_DATA_DIR"] = str(redis_port), str(folder)
         os.environ["TOOLKIT_DATASETS_DIR"], os.environ["TOOLKIT_THREADS"] = str(folder), "1"
-        photos = copies_of(PHOTOS, folder, 6)
+        # So many that the build lasts while the page is watched.
+        photos = folder / "photos"
+        photos_of(Kind("640x480", (640, 480)), photos, 3000)
         server = stack.enter_context(started(folder, *server_command(redis_port)))
         workers = [stack.enter_context(started(folder, *toolkit("worker"))) for _ in range(2)]
         monitor = stack.enter_context(started(folder, *toolkit("monitor", f"--port={port}")))

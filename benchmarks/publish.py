@@ -7,9 +7,11 @@ the progress reports of the writer, so the figures are those of a real build.
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +23,26 @@ from toolkit.index.nearest import unit
 
 N_CENTRES = 2000
 
+#: Of the centres, and of what is drawn around them.
+SEED = 0
 
-def clustered(n: int, dim: int) -> NDArray[np.float32]:
-    """Unit vectors, float32 ``(n, dim)``, each near one of the centres."""
-    rng = np.random.default_rng(0)
+#: Gives the vectors of some numbers, float32 ``(m, dim)``.
+Take = Callable[[list[int]], NDArray[np.float32]]
+
+# Vectors given at once.
+_CHUNK = 4096
+
+
+def clustered(n: int, dim: int, block: int = 0) -> NDArray[np.float32]:
+    """Unit vectors, float32 ``(n, dim)``, each near one of the centres.
+
+    Blocks have the same centres and different vectors: what is too large to be drawn at once
+    is drawn block by block.
+    """
+    rng = np.random.default_rng(SEED)
     centres = rng.standard_normal((N_CENTRES, dim), np.float32)
+    if block:
+        rng = np.random.default_rng((SEED, block))
     noise = rng.standard_normal((n, dim), np.float32)
     return unit(centres[rng.integers(N_CENTRES, size=n)] + 0.7 * noise)
 
@@ -48,30 +65,50 @@ class Steps:
         """Note the time; the last report of a step stands."""
         self.ended[step] = time.perf_counter()
 
-    def show(self, label: str, written: float, published: float) -> None:
-        """Print what each step took."""
+    def seconds(self, written: float, published: float) -> dict[str, float]:
+        """What each step took."""
         marks = [self.started, *self.ended.values(), written, published]
         names = [*(f"until last of {step}" for step in self.ended), "save, recall, seal", "publish"]
-        print(f"{label}: {published - self.started:.2f} s")
-        for name, begin, end in zip(names, marks, marks[1:], strict=False):
-            print(f"    {name:24} {end - begin:6.2f} s")
+        spans = itertools.pairwise(marks)
+        return {name: end - begin for name, (begin, end) in zip(names, spans, strict=True)}
 
 
-def build(folder: Path, numbers: list[int], vectors: NDArray[np.float32], threads: int) -> None:
-    """Write and publish a version of these rows, on top of the published one."""
+@dataclass(frozen=True)
+class Built:
+    """What one version took, and what its manifest says."""
+
+    n: int
+    seconds: float
+    steps: dict[str, float]
+    counts: dict[str, int]
+    recall_at_10: float
+
+    def show(self) -> None:
+        """Print it."""
+        print(f"{self.n} rows: {self.seconds:.2f} s")
+        for name, seconds in self.steps.items():
+            print(f"    {name:24} {seconds:6.2f} s")
+        print("   ", self.counts, "recall@10", self.recall_at_10)
+
+
+def build(folder: Path, numbers: NDArray[np.int64], take: Take, dim: int, threads: int) -> Built:
+    """Write and publish a version of these rows, on top of the published one.
+
+    Nothing is held that grows with the rows but their numbers.
+    """
 
     def source(keys: Iterable[bytes]) -> Iterator[NDArray[np.float32]]:
-        wanted = [int.from_bytes(key, "big") for key in keys]
-        for start in range(0, len(wanted), 4096):
-            yield vectors[wanted[start : start + 4096]]
+        wanted = (int.from_bytes(key, "big") for key in keys)
+        while chunk := list(itertools.islice(wanted, _CHUNK)):
+            yield take(chunk)
 
     previous = open_current(folder) if (folder / "CURRENT").exists() else None
     steps = Steps()
     version = write_version(
         folder,
-        rows=map(row, numbers),
+        rows=(row(int(number)) for number in numbers),
         vectors=source,
-        dim=vectors.shape[1],
+        dim=dim,
         encoder={"fingerprint": "bench"},
         extra={},
         previous=previous,
@@ -80,9 +117,15 @@ def build(folder: Path, numbers: list[int], vectors: NDArray[np.float32], thread
     )
     written = time.perf_counter()
     publish(folder, version)
-    steps.show(f"{len(numbers)} rows", written, time.perf_counter())
+    published = time.perf_counter()
     with open_current(folder) as index:
-        print("   ", index.manifest["counts"], "recall@10", index.manifest["recall_at_10"])
+        return Built(
+            len(numbers),
+            published - steps.started,
+            steps.seconds(written, published),
+            index.manifest["counts"],
+            index.manifest["recall_at_10"],
+        )
 
 
 def main() -> None:
@@ -96,11 +139,12 @@ def main() -> None:
     given = parser.parse_args()
     total = given.rows + given.new
     vectors = clustered(total, given.dim)
-    added = set(np.linspace(0, total - 1, given.new, dtype=int).tolist())
+    numbers = np.arange(total)
+    added = np.linspace(0, total - 1, given.new, dtype=int)
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         folder = Path(name)
-        build(folder, [n for n in range(total) if n not in added], vectors, given.threads)
-        build(folder, list(range(total)), vectors, given.threads)
+        for some in (np.delete(numbers, added), numbers):
+            build(folder, some, vectors.__getitem__, given.dim, given.threads).show()
         started = time.perf_counter()
         with open_current(folder) as index:
             index.search(vectors[:1], 10)

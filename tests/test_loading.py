@@ -270,7 +270,7 @@ def test_neighbours_do_not_show_in_the_bytes_of_bf16(tmp_path: Path) -> None:
 def test_what_a_fast_encoder_exports_is_exact(tmp_path: Path) -> None:
     load(dataclasses.replace(TINY_BF16, decode="reduced"), tmp_path)
     (record,) = exported(tmp_path)
-    written = record.stat().st_ino
+    written, said = record.stat().st_ino, json.loads(record.read_text())["spec"]
 
     exact = load(TINY, tmp_path)
 
@@ -280,6 +280,8 @@ def test_what_a_fast_encoder_exports_is_exact(tmp_path: Path) -> None:
         np.abs(vectors_of(exact) - vectors_of(load(TINY, tmp_path, with_engines=False))).max()
         <= 1e-5
     )
+    # It was held to exactness when it was made, too.
+    assert (said["precision"], said["decode"]) == ("fp32", "full")
     # The same export, not another one.
     assert [path.stat().st_ino for path in exported(tmp_path)] == [written]
 
