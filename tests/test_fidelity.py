@@ -432,17 +432,6 @@ def test_an_exact_encoder_that_cannot_be_loaded_costs_the_measure_alone(
     assert words in record.getMessage()
 
 
-def test_overlap_is_the_share_of_the_ten_nearest_that_are_the_same() -> None:
-    # Two heaps of 11: the 10 nearest of each image are the others of its heap.
-    exact = np.repeat(np.eye(2), 11, axis=0)
-    moved = exact.copy()
-    moved[[0, 11]] = moved[[11, 0]]
-
-    # Two changed heaps and lost all 10, each of the other 20 lost one of them.
-    assert fidelity._overlap(exact, moved) == pytest.approx((20 * 0.9 + 2 * 0) / 22)
-    assert fidelity._overlap(exact, exact) == 1.0
-
-
 def test_words_name_what_was_measured_and_nothing_that_was_not() -> None:
     many = str(Fidelity(40, 0.99987, 0.98765, 0.955))
     few, one = str(Fidelity(11, 0.5, 0.25, 1.0)), str(Fidelity(1, 0.5, 0.5, 1.0))

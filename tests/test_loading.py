@@ -238,7 +238,9 @@ def test_fast_encoders_are_others_and_share_one_export(tmp_path: Path) -> None:
     encoders = [load(request, tmp_path) for request in requests]
 
     assert len({encoder.spec.fingerprint for encoder in encoders}) == 4
-    assert {encoder.model.engine for encoder in encoders} == {"openvino"}
+    # In bf16 it may be torch that runs it: OpenVINO refuses some models where the processor
+    # has no bf16.
+    assert {e.model.engine for e in encoders if e.spec.precision == "fp32"} == {"openvino"}
     for request, encoder in zip(requests, encoders, strict=True):
         assert (encoder.spec.precision, encoder.spec.decode) == (request.precision, request.decode)
     assert len(exported(tmp_path)) == 1
@@ -250,12 +252,14 @@ def test_bf16_moves_the_vectors_a_little(model: str, tmp_path: Path) -> None:
     fast = load(EncoderRequest(model, pretrained=False, precision="bf16"), tmp_path)
     before, after = vectors_of(exact), vectors_of(fast)
 
-    assert fast.model.engine == "openvino"
     assert float((before * after).sum(axis=1).min()) >= LEAST_BF16_COSINE
     assert np.abs(np.linalg.norm(after.astype(np.float64), axis=1) - 1).max() < 1e-6
-    # Processors without bf16 calculate in fp32, or in bf16 by software.
-    assert takes_bf16(fast) or not processor_has_bf16()
-    assert bool(np.abs(before - after).max() > 1e-5) == takes_bf16(fast)
+    if fast.model.engine == "openvino":
+        # Processors without bf16 calculate in fp32, or in bf16 by software.
+        assert takes_bf16(fast) or not processor_has_bf16()
+        assert bool(np.abs(before - after).max() > 1e-5) == takes_bf16(fast)
+    else:  # it refuses some models there
+        assert not processor_has_bf16()
 
 
 def test_neighbours_do_not_show_in_the_bytes_of_bf16(tmp_path: Path) -> None:
@@ -304,6 +308,8 @@ def test_where_bf16_is_unfit_torch_runs_it_and_the_export_stays(
 
 @pytest.mark.parametrize("harm", ["cut", "other_weights", "gone", "no_record"])
 def test_a_damaged_export_is_not_believed_by_a_fast_encoder(harm: str, tmp_path: Path) -> None:
+    if not processor_has_bf16():
+        pytest.skip("without bf16 in the processor torch may run the fast encoder anyway")
     expected = vectors_of(load(TINY_BF16, tmp_path))
     damage(tmp_path, harm)
 

@@ -95,8 +95,8 @@ def test_a_request_survives_the_trip_through_json() -> None:
     ("name", "value", "allowed"),
     [
         ("head", "logits", "'features' or 'projection'"),
-        ("precision", "bf16", "'fp32'"),
-        ("decode", "draft", "'full'"),
+        ("precision", "fp16", "'fp32' or 'bf16'"),
+        ("decode", "draft", "'full' or 'reduced'"),
         ("img_size", 0, "above 0"),
     ],
 )

@@ -79,7 +79,7 @@ class EmbeddingStage:
         """
         if total:
             self._embed(plan, spec, total)
-            if not spec.is_exact and self._embedded:
+            if not (spec.is_exact or self._journal.is_cancelled) and self._embedded:
                 self._measure_fidelity()
         return self._embedded
 

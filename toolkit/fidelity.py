@@ -17,6 +17,7 @@ from toolkit.config import Settings
 from toolkit.dispatch.local import warm_executor
 from toolkit.embedding.spec import EncoderRequest
 from toolkit.errors import RoadError, ToolkitError
+from toolkit.index.quality import neighbour_overlap
 from toolkit.records import Batch, Item, Outcome
 
 logger = logging.getLogger(__name__)
@@ -102,20 +103,7 @@ class Sample:
         pairs = [(self._vectors[e.item_id], exact.vectors[e.row]) for e in exact.embedded]
         if not pairs:
             return None
-        fast, right = (np.stack(side).astype(np.float64) for side in zip(*pairs, strict=True))
-        cosines = (fast * right).sum(axis=1)
-        return Fidelity(
-            len(pairs), float(cosines.mean()), float(cosines.min()), _overlap(fast, right)
-        )
-
-
-def _overlap(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    k = min(K, len(a) - 1)
-    if k < 1:
-        return 1.0
-    near = []
-    for vectors in (a, b):
-        similarity = vectors @ vectors.T
-        np.fill_diagonal(similarity, -np.inf)
-        near.append(np.argpartition(-similarity, k - 1, axis=1)[:, :k])
-    return float(np.mean([len(set(x) & set(y)) / k for x, y in zip(*near, strict=True)]))
+        fast, right = (np.stack(side) for side in zip(*pairs, strict=True))
+        cosines = (fast.astype(np.float64) * right).sum(axis=1)
+        overlap = neighbour_overlap(fast, right, K) if len(pairs) > 1 else 1.0
+        return Fidelity(len(pairs), float(cosines.mean()), float(cosines.min()), overlap)
