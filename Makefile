@@ -42,7 +42,9 @@ soak: $(DEV) ## The long tests, minutes to hours
 	$(BIN)/pytest -m soak --timeout=0
 
 bench: $(DEV) ## Run every benchmark, an hour or two, and write its numbers
-	$(BIN)/python benchmarks/roads.py --json benchmarks/results/roads.json
+	for part in small workers large vit command; do \
+		$(BIN)/python benchmarks/roads.py --parts $$part --json benchmarks/results/$$part.json || exit 1; \
+	done
 	$(BIN)/python benchmarks/scale.py --json benchmarks/results/scale.json --svg docs/growth.svg
 	$(BIN)/python benchmarks/monitor.py
 

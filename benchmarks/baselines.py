@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import copy
 import os
 import subprocess
 import sys
@@ -66,7 +67,8 @@ class Baselines:
 
     def tuned(self, files: list[str]) -> Run:
         """By an expert's hand: draft decoding in threads, channels_last, bf16."""
-        net = self._net.to(memory_format=torch.channels_last)
+        # A copy: weights that have been in channels_last make the other loops faster for good.
+        net = copy.deepcopy(self._net).to(memory_format=torch.channels_last)
         chunks = [files[start : start + 32] for start in range(0, len(files), 32)]
 
         def read(chunk: list[str]) -> torch.Tensor:
@@ -78,9 +80,7 @@ class Baselines:
             begin = time.perf_counter()
             futures = [pool.submit(read, chunk) for chunk in chunks]
             rows = [net(future.result()).float().numpy() for future in futures]
-        seconds = time.perf_counter() - begin
-        self._net.to(memory_format=torch.contiguous_format)
-        return seconds, np.concatenate(rows)
+        return time.perf_counter() - begin, np.concatenate(rows)
 
     def _read(self, file: str, draft: tuple[int, int] | None = None) -> torch.Tensor:
         with Image.open(file) as image:

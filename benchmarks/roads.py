@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -30,10 +31,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from baselines import Baselines, base64_design
+from baselines import HERE, Baselines, base64_design
 from common import LARGE, LARGE_PROGRESSIVE, SMALL, Figures, Kind, photos_of, write_report
 from numpy.typing import NDArray
-from stages import limit_of, table_of
+from stages import table_of
 
 import toolkit as tk
 from toolkit import config
@@ -188,7 +189,14 @@ def _with_torch(way: Way) -> Way:
 
 
 def _say_limit(bench: Bench, figures: Figures, files: list[str], request: EncoderRequest) -> None:
-    rows = limit_of(files, request, config.resolve())
+    # In a process of its own, as a build's: torch's loops live in this one.
+    told = bench.scratch / "stages.json"
+    command = ["stages.py", "--model", request.model, "--folder", str(Path(files[0]).parent)]
+    command += ["--json", str(told)] + ["--random-weights"] * (not request.pretrained)
+    subprocess.run([sys.executable, *command], check=True, capture_output=True, cwd=HERE)
+    rows = {
+        name: value for name, value in json.loads(told.read_text()).items() if name != "machine"
+    }
     bench.json[f"{figures.title}, stages"] = rows
     bench.lines += table_of(rows)
     share = figures.median("toolkit") / rows["limit"]

@@ -1,6 +1,6 @@
 """What each stage of a build costs an image, alone and at its best, and the limit that sets.
 
-    python benchmarks/stages.py [--model NAME] [--size small|large|progressive]
+    python benchmarks/stages.py [--model NAME] [--size small|large|progressive] [--json FILE]
 
 The limit is cores / (decode + forward): the images per second of a build that did nothing else
 and never waited. Each stage runs in as many threads as there are cores, as in a build.
@@ -127,12 +127,20 @@ def main() -> None:
     kinds = {"small": SMALL, "large": LARGE, "progressive": LARGE_PROGRESSIVE}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tf_efficientnet_lite0")
+    parser.add_argument("--random-weights", action="store_true")
     parser.add_argument("--size", choices=kinds, default="small")
+    parser.add_argument("--folder", type=Path, help="photos to take instead of new ones")
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        files = photos_of(kinds[args.size], Path(folder) / "photos", N_IMAGES)
-        rows = limit_of(files, EncoderRequest(args.model), config.resolve())
-    write_report(table_of(rows), rows, None)
+    request = EncoderRequest(args.model, pretrained=not args.random_weights)
+    with tempfile.TemporaryDirectory() as scratch:
+        files = (
+            photos_of(kinds[args.size], Path(scratch) / "photos", N_IMAGES)
+            if args.folder is None
+            else sorted(map(str, args.folder.iterdir()))
+        )
+        rows = limit_of(files, request, config.resolve())
+    write_report(table_of(rows), rows, args.json)
 
 
 if __name__ == "__main__":
