@@ -7,6 +7,7 @@ process need not load torch at all.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -139,7 +140,8 @@ class _Exports:
             logger.warning("the export of %s in %s goes: %s", request.model, folder, error)
             shutil.rmtree(folder, ignore_errors=True)
             return None
-        os.utime(folder)
+        with contextlib.suppress(OSError):  # read only, or pruned by another process
+            os.utime(folder)
         return encoder
 
     def make(
@@ -222,9 +224,11 @@ class _Exports:
         return True
 
     def _prune(self) -> None:
-        found = sorted(self._folder.glob(f"*/{_RECORD}"), key=lambda p: p.parent.stat().st_mtime)
-        for record in found[:-KEEP_EXPORTS]:
-            shutil.rmtree(record.parent, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another process does the same
+            folders = [record.parent for record in self._folder.glob(f"*/{_RECORD}")]
+            folders.sort(key=lambda folder: folder.stat().st_mtime)
+            for folder in folders[:-KEEP_EXPORTS]:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _place(self, request: EncoderRequest, weights: WeightsFile | None) -> Path:
         parts = {

@@ -10,27 +10,24 @@ Colour profiles are not applied, as in the training of the models.
 from __future__ import annotations
 
 import errno
-import importlib
-import io
 import os
 import re
 import stat as stat_mode
 import warnings
-import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from toolkit.errors import ChangedError, DecodeError, UnreadableError
+from toolkit.images.formats import Format, open_image, recognise, webp_canvas
 from toolkit.records import FileStat, show_path
 
 # Pillow is imported inside the functions that use them: the scan takes only
 # IMAGE_SUFFIXES from this room.
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from PIL import Image, ImageFile
+    from PIL import Image
 
 #: Version of the recipe from bytes to pixels.
 DECODE_VERSION = 1
@@ -137,7 +134,7 @@ def decode(
     """
     if not data:
         raise DecodeError("the file is empty (0 bytes); copy it again from its source")
-    kind = _recognise(data)
+    kind = recognise(data)
     try:
         return _decode(data, kind, max_pixels, least_edge)
     except (DecodeError, MemoryError):
@@ -154,14 +151,14 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def _decode(data: bytes, kind: _Format, max_pixels: int, least_edge: int | None) -> Picture:
+def _decode(data: bytes, kind: Format, max_pixels: int, least_edge: int | None) -> Picture:
     from PIL import Image  # Deferred: see the top.
 
     Image.MAX_IMAGE_PIXELS = None
     _ignore_remarks()
     if kind.name == "WEBP":
-        _check_size(_webp_canvas(data), max_pixels)  # Opening a WebP allocates its canvas.
-    image = _open(data, kind)
+        _check_size(webp_canvas(data), max_pixels)  # Opening a WebP allocates its canvas.
+    image = open_image(data, kind)
     _check_size(image.size, max_pixels)
     if kind.ends is not None and not kind.ends(data):
         raise DecodeError(
@@ -220,17 +217,6 @@ def _plain_jpeg(data: bytes) -> NDArray[np.uint8] | None:
     except ValueError:  # damaged, or odd: Pillow says what is wrong with it, if anything is
         return None
     return pixels
-
-
-def _webp_canvas(data: bytes) -> tuple[int, int]:
-    """Width and height from the header; ``(0, 0)`` where libwebp will find it damaged."""
-    if data[12:16] == b"VP8X":
-        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
-    if data[12:16] == b"VP8L":
-        bits = int.from_bytes(data[21:25], "little")
-        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    width, height = (int.from_bytes(data[i : i + 2], "little") & 0x3FFF for i in (26, 28))
-    return width, height
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -316,88 +302,3 @@ def _why(error: BaseException) -> str:
         return f"{error.strerror}, {errno.errorcode.get(error.errno, error.errno)}"
     text = " ".join(str(error).split())[:200]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-# A marker is FF and a code; FF00 is a data byte, FFD0 to FFD7 restart the same scan.
-_JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
-_JPEG_END = 0xD9
-
-
-def _jpeg_ends(data: bytes) -> bool:
-    """Whether the segments lead to an end marker; what follows it does not count.
-
-    They are walked because a thumbnail in the header has an end marker too.
-    """
-    position = 2
-    while marker := _JPEG_MARKER.search(data, position):
-        position = marker.end()
-        if data[position - 1] == _JPEG_END:
-            return True
-        position += int.from_bytes(data[position : position + 2], "big")
-    return False
-
-
-def _png_ends(data: bytes) -> bool:
-    """Whether the chunks lead to ``IEND``, with the checksums of the critical ones true.
-
-    Pillow reads as many rows as there are and looks at no checksum of pixels.
-    """
-    view = memoryview(data)
-    position = 8
-    while position < len(data):
-        body = position + 8
-        end = body + int.from_bytes(view[position : position + 4], "big")
-        name = data[position + 4 : body]
-        is_critical = len(name) == 4 and not name[0] & 0x20
-        if is_critical and zlib.crc32(view[position + 4 : end]) != int.from_bytes(
-            view[end : end + 4], "big"
-        ):
-            return False
-        if name == b"IEND":
-            return True
-        position = end + 4
-    return False
-
-
-class _Format(NamedTuple):
-    name: str
-    signature: bytes
-    module: str
-    opener: str
-    ends: Callable[[bytes], bool] | None = None
-
-
-# The classes are called directly, not through Image.open: that would import every plugin
-# there is, start Ghostscript for an EPS, and need pillow-heif registered for the whole process.
-_FORMATS = (
-    _Format("JPEG", rb"\xff\xd8\xff", "PIL.JpegImagePlugin", "JpegImageFile", _jpeg_ends),
-    _Format("PNG", rb"\x89PNG\r\n\x1a\n", "PIL.PngImagePlugin", "PngImageFile", _png_ends),
-    _Format("WEBP", rb"RIFF.{4}WEBP", "PIL.WebPImagePlugin", "WebPImageFile"),
-    _Format("GIF", rb"GIF8[79]a", "PIL.GifImagePlugin", "GifImageFile"),
-    _Format("TIFF", rb"II[*+]\0|MM\0[*+]", "PIL.TiffImagePlugin", "TiffImageFile"),
-    _Format("BMP", rb"BM", "PIL.BmpImagePlugin", "BmpImageFile"),
-    # Before HEIF: the brands mif1 and msf1 serve both, what follows tells them apart.
-    _Format(
-        "AVIF",
-        rb".{4}ftyp(?:avi[fs]|m[is]f1.{4}(?:.{4}){0,7}?avi[fs])",
-        "PIL.AvifImagePlugin",
-        "AvifImageFile",
-    ),
-    _Format("HEIF", rb".{4}ftyp(?:he[iv][cmsx]|m[is]f1)", "pillow_heif", "HeifImageFile"),
-)
-
-
-def _recognise(data: bytes) -> _Format:
-    for kind in _FORMATS:
-        if re.match(kind.signature, data, re.DOTALL):
-            return kind
-    names = ", ".join(kind.name for kind in _FORMATS)
-    raise DecodeError(
-        f"not a picture of a kind read here ({names}): it begins with {data[:12]!r}; "
-        "convert it, or leave it out with exclude="
-    )
-
-
-def _open(data: bytes, kind: _Format) -> ImageFile.ImageFile:
-    opener = getattr(importlib.import_module(kind.module), kind.opener)
-    return cast("ImageFile.ImageFile", opener(io.BytesIO(data)))
