@@ -11,8 +11,11 @@ import dataclasses
 import logging
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from toolkit.catalog import transaction
 from toolkit.config import Settings
@@ -45,6 +48,7 @@ class EmbeddingStage:
         catalog: The open catalog.
         scan: The files of the build.
         journal: Hears of every step.
+        stored: Given the image keys and the vectors of each batch once they are stored.
     """
 
     def __init__(
@@ -54,8 +58,9 @@ class EmbeddingStage:
         catalog: sqlite3.Connection,
         scan: Scan,
         journal: RunJournal,
+        stored: Callable[[list[bytes], NDArray[np.float32]], None] = lambda keys, vectors: None,
     ) -> None:
-        self._request, self._settings = request, settings
+        self._request, self._settings, self._stored = request, settings, stored
         self._db, self._scan, self._journal = catalog, scan, journal
         #: Files that changed under the build and were read again.
         self._reread: set[int] = set()
@@ -190,6 +195,7 @@ class EmbeddingStage:
         point("after-commit")
         self._embedded += len(outcome.embedded)
         self._sample.saw(outcome)
+        self._stored([embedded.key for embedded in outcome.embedded], outcome.vectors)
 
     def _measure_fidelity(self) -> None:
         """Say how far a faster encoder moved the vectors of this run."""

@@ -33,7 +33,9 @@ from toolkit.errors import (
 from toolkit.images.decode import DECODE_VERSION
 from toolkit.images.scan import Scan
 from toolkit.images.walk import Rules
+from toolkit.index.ahead import GraphAhead
 from toolkit.index.build import publish, write_version
+from toolkit.index.draft import may_grow
 from toolkit.index.vector_index import DTYPE_BYTES
 from toolkit.index.version import IndexVersion, open_current
 from toolkit.journal import RunJournal
@@ -169,11 +171,26 @@ class _Build:
             journal.event("plan", **dataclasses.asdict(report))
             logger.info("run %s: %s", journal.record.run_id, report)
             self.check_space(report)
-            stage = EmbeddingStage(request, self._settings, self._db, self._scan, journal)
-            n_embedded = stage.run(plan, spec, report.to_embed)
-            self._stop_if_cancelled()
-            self._close_books(plan, n_embedded, report)
-            self._publish(plan, spec)
+            with self._graph_ahead(report, spec) as ahead:
+                stage = EmbeddingStage(
+                    request, self._settings, self._db, self._scan, journal, ahead.offer
+                )
+                n_embedded = stage.run(plan, spec, report.to_embed)
+                self._stop_if_cancelled()
+                self._close_books(plan, n_embedded, report)
+                self._publish(plan, spec, ahead)
+
+    def _graph_ahead(self, report: PlanReport, spec: EncoderSpec) -> GraphAhead:
+        """The graph to begin while the vectors are made; its basis, as far as the plan tells."""
+        older, dtype = self._previous, self._request.dtype
+        if older is not None:
+            changes = report.changes
+            n_changed = changes.new + changes.changed + changes.deleted
+            if older.dim != spec.dim or not may_grow(
+                older, dtype, report.reused + report.to_embed, n_changed
+            ):
+                older = None
+        return GraphAhead(spec.dim, dtype, self._settings.threads, older)
 
     def check_conflict(self, spec: EncoderSpec | None) -> None:
         """Refuse to build another index over a published one."""
@@ -287,7 +304,7 @@ class _Build:
         left_out = ", ".join(f"{n} by {rule!r}" for rule, n in self._scan.excluded.items())
         return f"there is no image in {names}" + (f"; left out: {left_out}" if left_out else "")
 
-    def _publish(self, plan: Plan, spec: EncoderSpec) -> None:
+    def _publish(self, plan: Plan, spec: EncoderSpec, ahead: GraphAhead) -> None:
         journal, previous = self._journal, self._previous
         journal.stage("index", journal.record.accounting.indexed)
         n, digest = plan.rank()
@@ -306,6 +323,7 @@ class _Build:
             previous=previous,
             threads=self._settings.threads,
             progress=lambda step, done, total: journal.progress(done, total),
+            ahead=ahead,
         )
         self._stop_if_cancelled()
         journal.stage("publish", n)

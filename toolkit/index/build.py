@@ -22,6 +22,7 @@ from typing import Any
 from toolkit.embedding.store import sync_folder
 from toolkit.errors import DamagedIndexError, DiskFullError, StorageError
 from toolkit.faults import point
+from toolkit.index.ahead import GraphAhead
 from toolkit.index.draft import Draft, Progress, VectorSource
 from toolkit.index.items import ItemRow
 from toolkit.index.version import (
@@ -52,6 +53,7 @@ def write_version(
     previous: IndexVersion | None = None,
     threads: int = 1,
     progress: Progress | None = None,
+    ahead: GraphAhead | None = None,
 ) -> Path:
     """Write a new version beside the published one; nobody reads it before :func:`publish`.
 
@@ -70,6 +72,7 @@ def write_version(
         previous: The published version, open.
         threads: For the graph.
         progress: Told how far it is.
+        ahead: Where the graph was begun; what it began upon is kept.
 
     Returns:
         The version's folder.
@@ -88,7 +91,7 @@ def write_version(
             with contextlib.closing(Draft(draft, dim, dtype, threads, progress)) as writing:
                 writing.items(rows, _alike(previous, encoder, dim))
                 writing.vectors(vectors)
-                writing.graph()
+                writing.graph(ahead)
                 writing.manifest(encoder, extra)
             os.rename(draft, final)
             sync_folder(versions)

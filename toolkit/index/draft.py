@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from toolkit.embedding.store import sync_folder
 from toolkit.errors import StorageError
 from toolkit.faults import point
+from toolkit.index.ahead import Begun, GraphAhead
 from toolkit.index.items import ItemRow, ItemTable, write_items
 from toolkit.index.quality import graph_recall
 from toolkit.index.vector_index import VectorIndex
@@ -35,6 +37,8 @@ from toolkit.index.version import (
     checksum,
     map_vectors,
 )
+
+logger = logging.getLogger(__name__)
 
 #: Gives the vectors of image keys, in their order, a chunk of float32 ``(m, dim)`` at a time.
 VectorSource: TypeAlias = Callable[[Iterable[bytes]], Iterator[NDArray[np.float32]]]
@@ -121,35 +125,44 @@ class Draft:
         block[~known] = fresh.take(int(np.count_nonzero(~known)))
         return block
 
-    def graph(self) -> None:
-        """Write the graph: the previous one, changed, or a new one."""
-        older = self._extensible()
-        if older is not None:
-            kept = np.flatnonzero(self._origin >= 0)
-            graph = VectorIndex.open(older.graph_path, view=False)
-            graph.remove(self._gone)
-            graph.renumber(self._origin[kept], kept)
-            missing, self._removed = self._new, self._removed_since_rebuild(older)
-        else:
-            graph = VectorIndex.create(self._dim, self._dtype)
-            missing, self._removed = np.arange(self._n), 0
+    def graph(self, ahead: GraphAhead | None) -> None:
+        """Write the graph: what was begun ahead, the previous one, or a new one, with all rows."""
+        begun = ahead.take() if ahead else None
+        if begun is None or not (begun.base is None or begun.base is self._previous):
+            begun = self._begin()
+        graph, numbers = begun.graph, self._numbers(begun)
+        n_begun = len(begun.numbers) + (begun.base.n if begun.base else 0)
+        unused = np.setdiff1d(np.arange(n_begun), numbers)
+        graph.remove(unused)
+        kept, missing = np.flatnonzero(numbers >= 0), np.flatnonzero(numbers < 0)
+        graph.renumber(numbers[kept], kept)
+        logger.info("%d of %d rows are in the graph, %d to add", len(kept), self._n, len(missing))
         for start in range(0, len(missing), _ADD_ROWS):
             keys = missing[start : start + _ADD_ROWS]
             graph.add(keys, self._vectors[keys], self._threads)
             self._progress("graph", start + len(keys), len(missing))
         graph.save(self._folder / GRAPH)
+        self._removed = len(unused) + (_removed_since_rebuild(begun.base) if begun.base else 0)
         point("during-index-save")
 
-    def _extensible(self) -> IndexVersion | None:
-        """The previous version, if its graph is worth changing."""
+    def _begin(self) -> Begun:
+        """A graph that holds the rows of the previous version, if it is worth changing."""
         older = self._previous
-        if older is None or older.manifest["dtype"] != self._dtype:
-            return None
-        changed = len(self._new) + self._removed_since_rebuild(older)
-        return older if changed <= MAX_CHANGED * self._n else None
+        if older is not None and may_grow(
+            older, self._dtype, self._n, len(self._new) + len(self._gone)
+        ):
+            return Begun(VectorIndex.open(older.graph_path, view=False), older, {})
+        return Begun(VectorIndex.create(self._dim, self._dtype), None, {})
 
-    def _removed_since_rebuild(self, older: IndexVersion) -> int:
-        return len(self._gone) + int(older.manifest["removed_since_rebuild"])
+    def _numbers(self, begun: Begun) -> NDArray[np.int64]:
+        """The number under which a graph holds each row of this version, -1 for none."""
+        numbers = self._origin.copy() if begun.base else np.full(self._n, -1, np.int64)
+        if begun.numbers:
+            with contextlib.closing(ItemTable(self._folder / ITEMS)) as table:
+                for row, key in enumerate(table.image_keys()):
+                    if numbers[row] < 0:
+                        numbers[row] = begun.numbers.get(key, -1)
+        return numbers
 
     def manifest(self, encoder: dict[str, Any], extra: dict[str, Any]) -> None:
         """Make the files durable, measure the graph, and write the manifest."""
@@ -179,6 +192,23 @@ class Draft:
         path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         _sync_file(path)
         sync_folder(self._folder)
+
+
+def may_grow(older: IndexVersion, dtype: str, n: int, n_changed: int) -> bool:
+    """Whether the graph of a version is worth changing, rather than building a new one.
+
+    Args:
+        older: The version.
+        dtype: Precision that the new graph shall have.
+        n: Rows that it shall have.
+        n_changed: Rows added and removed.
+    """
+    n_changed += _removed_since_rebuild(older)
+    return older.manifest["dtype"] == dtype and n_changed <= MAX_CHANGED * n
+
+
+def _removed_since_rebuild(version: IndexVersion) -> int:
+    return int(version.manifest["removed_since_rebuild"])
 
 
 class _Fresh:
