@@ -28,6 +28,7 @@ from toolkit.embedding.loading import load_encoder
 from toolkit.embedding.preprocess import least_edge
 from toolkit.embedding.spec import EncoderRequest
 from toolkit.embedding.store import VectorStore
+from toolkit.images import resample
 from toolkit.images.decode import decode, read_file
 from toolkit.images.identity import image_key
 from toolkit.index.vector_index import VectorIndex
@@ -52,9 +53,11 @@ def limit_of(files: Sequence[str], request: EncoderRequest, settings: Settings) 
     encoder = load_encoder(
         request, data_dir=settings.data_dir, device="cpu", engine_dir=engines, threads=cores
     )
+    if engines is not None:
+        resample.load(engines / "kernels")  # as an embedding process does
     edge = least_edge(encoder.spec.preprocessing) if request.decode == "reduced" else None
     datas = [read_file(file.encode())[0] for file in files]
-    pictures = [decode(data, least_edge=edge).rgb for data in datas]
+    pictures = [decode(data, least_edge=edge).decoded for data in datas]
     pixels = np.stack([encoder.prepare(picture) for picture in pictures])
     vectors = encoder.encode(pixels)
     with ThreadPoolExecutor(cores) as pool:

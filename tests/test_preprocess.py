@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,18 @@ from timm.data.transforms_factory import create_transform
 from tests.pictures import texture
 from toolkit.embedding.preprocess import prepare
 from toolkit.embedding.spec import Preprocessing
+from toolkit.images import resample
+
+
+@pytest.fixture(params=["pillow", "numba"], autouse=True)
+def _resized_by(
+    request: pytest.FixtureRequest, _engines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if request.param == "pillow":
+        monkeypatch.setattr(resample, "_kernels", None)
+    elif not resample.load(_engines / "kernels"):
+        pytest.skip("numba is not here")
+
 
 #: Wide, high, square, of the input's own size, smaller than it, and of one pixel.
 SIZES = [(640, 480), (333, 500), (300, 300), (224, 224), (256, 257), (97, 31), (20, 1500), (1, 1)]
@@ -54,6 +67,7 @@ def test_pixels_are_those_of_timm(
 
     assert (pixels.shape, pixels.dtype) == ((*input_size[1:], 3), np.uint8)
     assert np.array_equal(pixels, with_timm(picture, how))
+    assert np.array_equal(prepare(np.asarray(picture), how), pixels)
 
 
 def test_every_model_of_timm_is_prepared_as_timm_does_it() -> None:
@@ -79,7 +93,7 @@ def test_every_model_of_timm_is_prepared_as_timm_does_it() -> None:
 def test_no_torch_prepares_a_picture() -> None:
     code = (
         "import sys; from toolkit.embedding import encoder, loading, preprocess, runner\n"
-        "print(sorted({'torch', 'torchvision', 'timm', 'openvino'} & set(sys.modules)))"
+        "print(sorted({'torch', 'torchvision', 'timm', 'openvino', 'numba'} & set(sys.modules)))"
     )
 
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -28,6 +28,10 @@ SPEC = EncoderSpec(
 )
 
 
+def an_image(rgb: Image.Image | NDArray[np.uint8]) -> Image.Image:
+    return rgb if isinstance(rgb, Image.Image) else Image.fromarray(rgb)
+
+
 class MeanColour:
     """The smallest encoder there is: the direction of a picture's mean colour."""
 
@@ -37,8 +41,8 @@ class MeanColour:
     def __init__(self) -> None:
         self.n_rows: list[int] = []
 
-    def prepare(self, rgb: Image.Image) -> NDArray[np.uint8]:
-        return np.asarray(rgb.resize((1, 1), Image.Resampling.BOX))
+    def prepare(self, rgb: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return np.asarray(an_image(rgb).resize((1, 1), Image.Resampling.BOX))
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         self.n_rows.append(len(pixels))
@@ -306,8 +310,8 @@ def test_only_a_reduced_encoder_is_given_less_and_never_too_little(
             ),
         )
 
-        def prepare(self, rgb: Image.Image) -> NDArray[np.uint8]:
-            sizes.append(rgb.size)
+        def prepare(self, rgb: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
+            sizes.append(an_image(rgb).size)
             return super().prepare(rgb)
 
     sizes: list[tuple[int, int]] = []

@@ -20,6 +20,7 @@ from toolkit.dispatch.wire import read_frame, write_frame
 from toolkit.embedding.runner import Runner
 from toolkit.embedding.spec import EncoderRequest
 from toolkit.errors import ToolkitError
+from toolkit.images import resample
 from toolkit.records import Batch
 
 if TYPE_CHECKING:
@@ -55,6 +56,10 @@ class _Child:
             "engine": encoder.model.engine,
         }
         self._say(ready, encoder.golden.astype("<f4").tobytes())
+        if question["engine_dir"]:
+            # Behind the first pictures, which Pillow resizes to the same pixels.
+            kernels = Path(question["engine_dir"]) / "kernels"
+            threading.Thread(target=resample.load, args=(kernels,), daemon=True).start()
         while True:
             try:
                 batch, blobs = self._batches.get(timeout=idle_exit_s)

@@ -72,11 +72,11 @@ class Encoder:
         """Images that :meth:`encode` should be given at once, to keep every lane at work."""
         return self.micro_batch * self.model.n_lanes
 
-    def prepare(self, rgb: Image.Image) -> NDArray[np.uint8]:
+    def prepare(self, rgb: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Resize and crop one picture; may be called from several threads.
 
         Args:
-            rgb: Upright, of mode ``RGB``.
+            rgb: Upright: an image of mode ``RGB``, or an array of shape ``(height, width, 3)``.
 
         Returns:
             What the model looks at, shape ``(height, width, 3)``.

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from toolkit.embedding.spec import Preprocessing
+from toolkit.images import resample
 
 #: A picture longer than this many times its short side is cropped before it is resized: its
 #: short side would be blown up to the input's, and its long side with it, to gigabytes.
@@ -28,11 +29,11 @@ _FILTERS = {
 }
 
 
-def prepare(rgb: Image.Image, how: Preprocessing) -> NDArray[np.uint8]:
+def prepare(rgb: Image.Image | NDArray[np.uint8], how: Preprocessing) -> NDArray[np.uint8]:
     """Resize and crop one picture; may be called from several threads.
 
     Args:
-        rgb: Upright, of mode ``RGB``.
+        rgb: Upright: an image of mode ``RGB``, or an array of shape ``(height, width, 3)``.
         how: The model's preprocessing.
 
     Returns:
@@ -44,19 +45,24 @@ def prepare(rgb: Image.Image, how: Preprocessing) -> NDArray[np.uint8]:
     if how.crop_mode == "squash":
         height, width = scaled
     elif how.crop_mode == "border":
-        height, width = _kept_ratio(rgb, scaled, longest=True)
+        height, width = _kept_ratio(_size(rgb), scaled, longest=True)
         red, green, blue = (round(255 * mean) for mean in how.mean)
         fill = (red, green, blue)
     else:
         rgb = _without_far_ends(rgb)
         height, width = (
-            _shortest(rgb, scaled[0])
+            _shortest(_size(rgb), scaled[0])
             if scaled[0] == scaled[1]
-            else _kept_ratio(rgb, scaled, longest=False)
+            else _kept_ratio(_size(rgb), scaled, longest=False)
         )
-    if rgb.size != (width, height):
-        rgb = rgb.resize((width, height), _FILTERS[how.interpolation])
-    return np.asarray(_centered(rgb, wanted[0], wanted[1], fill))
+    if _size(rgb) != (width, height):
+        if resample.is_ready() and height >= wanted[0] and width >= wanted[1]:
+            box = _middle(width, height, wanted)
+            kept = resample.resize(np.asarray(rgb), (width, height), box, how.interpolation)
+            if kept is not None:
+                return kept
+        rgb = _image(rgb).resize((width, height), _FILTERS[how.interpolation])
+    return np.asarray(_centered(_image(rgb), wanted, fill))
 
 
 def least_edge(how: Preprocessing) -> int:
@@ -74,35 +80,53 @@ def golden_pictures() -> list[Image.Image]:
     return pictures
 
 
-def _shortest(rgb: Image.Image, edge: int) -> tuple[int, int]:
+def _size(rgb: Image.Image | NDArray[np.uint8]) -> tuple[int, int]:
+    """Width and height."""
+    return rgb.size if isinstance(rgb, Image.Image) else (rgb.shape[1], rgb.shape[0])
+
+
+def _image(rgb: Image.Image | NDArray[np.uint8]) -> Image.Image:
+    return rgb if isinstance(rgb, Image.Image) else Image.fromarray(rgb)
+
+
+def _shortest(size: tuple[int, int], edge: int) -> tuple[int, int]:
     """Height and width whose shorter one is ``edge``, as torchvision's ``Resize`` rounds them."""
-    short, long = sorted(rgb.size)
-    other = int(edge * long / short)
-    return (other, edge) if rgb.width <= rgb.height else (edge, other)
+    width, height = size
+    other = int(edge * max(size) / min(size))
+    return (other, edge) if width <= height else (edge, other)
 
 
-def _kept_ratio(rgb: Image.Image, scaled: list[int], *, longest: bool) -> tuple[int, int]:
+def _kept_ratio(size: tuple[int, int], scaled: list[int], *, longest: bool) -> tuple[int, int]:
     """Height and width as timm's ``ResizeKeepRatio`` rounds them."""
-    ratios = rgb.height / scaled[0], rgb.width / scaled[1]
+    width, height = size
+    ratios = height / scaled[0], width / scaled[1]
     ratio = max(ratios) if longest else min(ratios)
-    return round(rgb.height / ratio), round(rgb.width / ratio)
+    return round(height / ratio), round(width / ratio)
 
 
-def _centered(rgb: Image.Image, height: int, width: int, fill: tuple[int, int, int]) -> Image.Image:
+def _middle(width: int, height: int, wanted: list[int]) -> resample.Box:
+    """The part that is kept of a picture that is large enough."""
+    top, left = round((height - wanted[0]) / 2), round((width - wanted[1]) / 2)
+    return resample.Box(left, top, left + wanted[1], top + wanted[0])
+
+
+def _centered(rgb: Image.Image, wanted: list[int], fill: tuple[int, int, int]) -> Image.Image:
     """The middle of a picture, which gets a border first where it is too small."""
-    more_x, more_y = max(0, width - rgb.width), max(0, height - rgb.height)
+    more_y, more_x = (max(0, edge - had) for edge, had in zip(wanted, rgb.size[::-1], strict=True))
     if more_x or more_y:
         border = (more_x // 2, more_y // 2, (more_x + 1) // 2, (more_y + 1) // 2)
         rgb = ImageOps.expand(rgb, border, fill)
-    top, left = round((rgb.height - height) / 2), round((rgb.width - width) / 2)
-    return rgb.crop((left, top, left + width, top + height))
+    return rgb.crop(_middle(*rgb.size, wanted))
 
 
-def _without_far_ends(rgb: Image.Image) -> Image.Image:
+def _without_far_ends(
+    rgb: Image.Image | NDArray[np.uint8],
+) -> Image.Image | NDArray[np.uint8]:
     """The middle of a picture; all of it unless it is far too long."""
-    limit = MAX_ASPECT_RATIO * min(rgb.size)
-    if max(rgb.size) <= limit:
+    limit = MAX_ASPECT_RATIO * min(_size(rgb))
+    if max(_size(rgb)) <= limit:
         return rgb
-    width, height = min(rgb.width, limit), min(rgb.height, limit)
-    left, top = (rgb.width - width) // 2, (rgb.height - height) // 2
-    return rgb.crop((left, top, left + width, top + height))
+    image = _image(rgb)
+    width, height = min(image.width, limit), min(image.height, limit)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))

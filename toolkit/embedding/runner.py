@@ -62,7 +62,7 @@ class PixelEncoder(Protocol):
     def at_once(self) -> int:
         """Images that are best given to :meth:`encode` at once."""
 
-    def prepare(self, rgb: Image.Image) -> NDArray[np.uint8]:
+    def prepare(self, rgb: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
         """A picture to shape ``(height, width, 3)``; called from several threads."""
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -191,7 +191,7 @@ class Runner:
         size = picture.width, picture.height
         # The row is known when the model has run.
         answer = Embedded(item.id, key, -1, *size, picture.format, stat)
-        return _Ready(answer, self._encoder.prepare(picture.rgb))
+        return _Ready(answer, self._encoder.prepare(picture.decoded))
 
 
 #: What an error of a picture means for the next build.

@@ -50,16 +50,30 @@ class Picture:
     """A decoded picture; it keeps neither the file's bytes nor its metadata.
 
     Attributes:
-        rgb: Mode ``RGB``, upright; smaller than the picture where it was decoded reduced.
+        decoded: As the decoder gave it: see :attr:`rgb` and :attr:`pixels`.
         width: Pixels of the whole picture, upright.
         height: Pixels of the whole picture, upright.
         format: Name of the file format, as Pillow calls it.
     """
 
-    rgb: Image.Image
+    decoded: Image.Image | NDArray[np.uint8]
     width: int
     height: int
     format: str
+
+    @property
+    def rgb(self) -> Image.Image:
+        """Mode ``RGB``, upright; smaller than the picture where it was decoded reduced."""
+        from PIL import Image  # Deferred: see the top.
+
+        return (
+            Image.fromarray(self.decoded) if isinstance(self.decoded, np.ndarray) else self.decoded
+        )
+
+    @property
+    def pixels(self) -> NDArray[np.uint8]:
+        """The same as an array, shape ``(height, width, 3)``; not to be written to."""
+        return np.asarray(self.decoded)
 
 
 def read_file(path: bytes) -> tuple[bytes, FileStat]:
@@ -169,16 +183,15 @@ def _decode(data: bytes, kind: Format, max_pixels: int, least_edge: int | None) 
     if kind.name == "JPEG" and least_edge is not None:
         image.draft(None, (least_edge, least_edge))
     is_plain = kind.name == "JPEG" and image.mode == "RGB" and image.size == (width, height)
-    pixels = _plain_jpeg(data) if is_plain else None
-    if pixels is not None and pixels.shape == (height, width, 3):
-        rgb = Image.fromarray(pixels)
-    else:
+    pixels = _plain_jpeg(data, (height, width, 3)) if is_plain else None
+    if pixels is None:
         image.load()
-        rgb = _to_rgb(image)
     orientation = _orientation(image)
     if orientation in _ON_ITS_SIDE:
         width, height = height, width
-    rgb = _upright(rgb, orientation)
+    if pixels is not None and orientation not in _UPRIGHT:
+        return Picture(pixels, width, height, kind.name)
+    rgb = _upright(_to_rgb(image) if pixels is None else Image.fromarray(pixels), orientation)
     # A bare image around the same pixels: a plugin's would keep the file's bytes alive. The
     # public ways to get one (copy, convert) cost another pass over the memory.
     bare = rgb._new(rgb.im)
@@ -202,8 +215,8 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
         )
 
 
-def _plain_jpeg(data: bytes) -> NDArray[np.uint8] | None:
-    """A colour JPEG by simplejpeg, in two thirds of Pillow's time; ``None`` leaves it to Pillow.
+def _plain_jpeg(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8] | None:
+    """A colour JPEG by simplejpeg, in less than Pillow's time; ``None`` leaves it to Pillow.
 
     Both are libjpeg-turbo, with the same inverse transform and upsampling, so the pixels are
     the same; a test holds them together.
@@ -216,7 +229,7 @@ def _plain_jpeg(data: bytes) -> NDArray[np.uint8] | None:
         pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
     except ValueError:  # damaged, or odd: Pillow says what is wrong with it, if anything is
         return None
-    return pixels
+    return pixels if pixels.shape == shape else None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -282,7 +295,7 @@ _EXIF_ORIENTATION = 0x0112
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation of a loaded picture; 1, upright, when its metadata are damaged."""
+    """EXIF orientation; 1, upright, when the metadata are damaged. All but a JPEG is loaded."""
     try:
         return int(image.getexif().get(_EXIF_ORIENTATION, 1))
     except Exception:  # Broad for the reason given in decode; metadata are not the picture.
