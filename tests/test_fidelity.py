@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+import json
 import os
 import random
+import shutil
+import sqlite3
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ import toolkit as tk
 from tests.pictures import encoded, jpeg, texture, write_photos
 from tests.support import build
 from toolkit import config, fidelity
+from toolkit.catalog import open_catalog, transaction
 from toolkit.config import Settings
 from toolkit.dispatch import local
 from toolkit.dispatch.local import close_warm, warm_executor
@@ -29,6 +34,7 @@ from toolkit.embedding.encoder import Encoder
 from toolkit.embedding.loading import load_encoder
 from toolkit.embedding.preprocess import golden_pictures
 from toolkit.embedding.spec import EncoderRequest, EncoderSpec, Preprocessing
+from toolkit.embedding.store import VectorStore, segment_folder
 from toolkit.embedding.torch_model import TorchModel
 from toolkit.errors import IndexConflictError
 from toolkit.fidelity import SAMPLE, Fidelity, Sample
@@ -206,13 +212,15 @@ def test_an_encoder_that_is_loaded_on_a_cramped_device_is_halved_at_once() -> No
 
 
 def an_item(n: int) -> Item:
-    return Item(n, b"/photos/%d.jpg" % n, 1)
+    return Item(n, b"/photos/%d.jpg" % n, 1, image_key(b"%d" % n))
 
 
 def an_outcome(ids: list[int], failed: tuple[int, ...] = ()) -> Outcome:
     """Each vector says whose it is."""
     good = [n for n in ids if n not in failed]
-    embedded = tuple(Embedded(n, b"", row, 8, 8, "JPEG") for row, n in enumerate(good))
+    embedded = tuple(
+        Embedded(n, image_key(b"%d" % n), row, 8, 8, "JPEG") for row, n in enumerate(good)
+    )
     lost = tuple(Failed(n, FailureKind.DECODE, "it is damaged") for n in failed)
     vectors = np.array([[n, 1] for n in good], np.float32).reshape(-1, 2)
     return Outcome(1, "f", embedded, lost, vectors, 0.0)
@@ -267,6 +275,16 @@ def test_only_what_was_offered_and_embedded_has_a_vector() -> None:
     }
 
 
+def test_an_image_is_known_by_the_content_that_was_embedded() -> None:
+    sample = Sample()
+    for n in (0, 1):
+        sample.offer(dataclasses.replace(an_item(n), key=None))
+
+    sample.saw(an_outcome([1]))
+
+    assert [item.key for item in sample._items.values()] == [None, image_key(b"1")]
+
+
 def test_an_image_that_left_the_sample_leaves_no_vector() -> None:
     sample = offered(SAMPLE)
     sample.saw(an_outcome(list(range(SAMPLE))))
@@ -306,9 +324,10 @@ def test_an_image_that_comes_again_takes_nobodys_place() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """Photos, and the vectors that the exact encoder gives for them."""
+    """Photos, and the vectors that the exact encoder gives for them; the store has none."""
 
     settings: Settings
+    spec: EncoderSpec
     items: tuple[Item, ...]
     vectors: NDArray[np.float32]
 
@@ -318,14 +337,26 @@ class Known:
         for item in self.items[: len(vectors)]:
             sample.offer(item)
         embedded = tuple(
-            Embedded(item.id, b"", row, 64, 48, "JPEG")
+            Embedded(item.id, item.key or b"", row, 64, 48, "JPEG")
             for row, item in enumerate(self.items[: len(vectors)])
         )
         sample.saw(Outcome(1, "f", embedded, (), vectors, 0.0))
         return sample
 
-    def measure(self, vectors: NDArray[np.float32]) -> Fidelity | None:
-        return self.sample(vectors).measure(FAST, self.settings)
+    def measure(
+        self, sample: Sample, catalog: sqlite3.Connection, request: EncoderRequest = FAST
+    ) -> Fidelity | None:
+        return sample.measure(request, self.settings, catalog, "run")
+
+    def stored(self, catalog: sqlite3.Connection) -> set[int]:
+        """The photos of which the store has the exact vector."""
+        store = VectorStore(catalog, self.settings.data_dir, self.spec)
+        return {item.id for item in self.items if item.key and store.has([item.key])}
+
+    def n_files(self) -> int:
+        """Segments of exact vectors: each measure that embeds leaves one."""
+        folder = segment_folder(self.settings.data_dir, self.spec.fingerprint)
+        return len(list(folder.iterdir())) if folder.exists() else 0
 
 
 @pytest.fixture(scope="module")
@@ -337,8 +368,20 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
         for n, path in enumerate(write_photos(folder / "photos", 14))
     )
     with warm_executor(TINY, settings) as executor:
-        vectors = executor.embed(Batch(0, executor.start().fingerprint, items), {}).vectors
-    return Known(settings, items, vectors)
+        spec = executor.start()
+        vectors = executor.embed(Batch(0, spec.fingerprint, items), {}).vectors
+    return Known(settings, spec, items, vectors)
+
+
+@pytest.fixture
+def catalog(known: Known) -> Iterator[sqlite3.Connection]:
+    """The catalog of the photos' data folder, with nothing stored."""
+    with contextlib.closing(open_catalog(known.settings.data_dir)) as catalog:
+        yield catalog
+        with transaction(catalog):
+            for table in ("vectors", "segments", "images"):
+                catalog.execute(f"DELETE FROM {table}")
+    shutil.rmtree(known.settings.data_dir / "vectors", ignore_errors=True)
 
 
 @pytest.fixture
@@ -353,19 +396,23 @@ def photos(known: Known) -> Iterator[list[Path]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 2, 10, 11, 14])
-def test_exact_vectors_are_found_to_be_exact(known: Known, n: int) -> None:
-    found = known.measure(known.vectors[:n])
+def test_exact_vectors_are_found_to_be_exact(
+    known: Known, catalog: sqlite3.Connection, n: int
+) -> None:
+    found = known.measure(known.sample(known.vectors[:n]), catalog)
 
     assert found is not None
     assert found == Fidelity(n, pytest.approx(1), pytest.approx(1), 1.0)
 
 
 @pytest.mark.slow
-def test_cosines_are_to_the_exact_vector_of_the_same_image(known: Known) -> None:
+def test_cosines_are_to_the_exact_vector_of_the_same_image(
+    known: Known, catalog: sqlite3.Connection
+) -> None:
     turned = known.vectors.copy()
     turned[3] *= -1
 
-    found = known.measure(turned)
+    found = known.measure(known.sample(turned), catalog)
 
     assert found is not None
     # 13 of 14 have the cosine 1, one has -1.
@@ -375,40 +422,92 @@ def test_cosines_are_to_the_exact_vector_of_the_same_image(known: Known) -> None
 
 
 @pytest.mark.slow
-def test_neighbours_are_those_within_the_sample(known: Known) -> None:
+def test_neighbours_are_those_within_the_sample(known: Known, catalog: sqlite3.Connection) -> None:
     # What is turned as a whole has every neighbour that it had.
-    found = known.measure(-known.vectors)
+    found = known.measure(known.sample(-known.vectors), catalog)
 
     assert found == Fidelity(14, pytest.approx(-1), pytest.approx(-1), 1.0)
 
 
 @pytest.mark.slow
-def test_images_that_are_gone_or_changed_are_left_out(known: Known, photos: list[Path]) -> None:
+def test_images_that_are_gone_or_changed_are_left_out(
+    known: Known, catalog: sqlite3.Connection, photos: list[Path]
+) -> None:
     sample = known.sample(known.vectors)
     photos[2].unlink()
     photos[5].write_bytes(jpeg(seed=5000))
     photos[7].write_bytes(b"no picture any more")
 
-    found = sample.measure(FAST, known.settings)
+    found = known.measure(sample, catalog)
 
     assert found == Fidelity(11, pytest.approx(1), pytest.approx(1), 1.0)
+    assert known.stored(catalog) == set(range(14)) - {2, 5, 7}
+    # Each had a vector: that it is no picture is for a build to say.
+    assert catalog.execute("SELECT count(*) FROM failures").fetchone() == (0,)
 
 
 @pytest.mark.slow
-def test_where_every_image_is_gone_nothing_is_measured(known: Known, photos: list[Path]) -> None:
+def test_where_every_image_is_gone_nothing_is_measured(
+    known: Known, catalog: sqlite3.Connection, photos: list[Path]
+) -> None:
     sample = known.sample(known.vectors[:2])
     for path in photos[:2]:
         path.unlink()
 
-    assert sample.measure(FAST, known.settings) is None
+    assert known.measure(sample, catalog) is None
+    assert known.n_files() == 0
+
+
+@pytest.mark.slow
+def test_what_is_stored_is_not_embedded_again(
+    known: Known, catalog: sqlite3.Connection, photos: list[Path]
+) -> None:
+    known.measure(known.sample(known.vectors), catalog)
+    close_warm()
+    for path in photos:
+        path.unlink()
+
+    found = known.measure(known.sample(-known.vectors), catalog)
+
+    assert found == Fidelity(14, pytest.approx(-1), pytest.approx(-1), 1.0)
+    # No model was loaded for it.
+    assert not local._warm
+    assert known.n_files() == 1
+
+
+@pytest.mark.slow
+def test_only_what_the_store_lacks_is_embedded(
+    known: Known, catalog: sqlite3.Connection, photos: list[Path]
+) -> None:
+    known.measure(known.sample(known.vectors[:9]), catalog)
+    for path in photos[:9]:
+        path.unlink()
+
+    found = known.measure(known.sample(known.vectors), catalog)
+
+    assert found == Fidelity(14, pytest.approx(1), pytest.approx(1), 1.0)
+    assert known.stored(catalog) == set(range(14))
+    sizes = [
+        size for (size,) in catalog.execute("SELECT count(*) FROM vectors GROUP BY segment_id")
+    ]
+    assert sorted(sizes) == [5, 9]
 
 
 def test_where_nothing_was_embedded_no_process_is_started(settings: Settings) -> None:
     sample = offered(5)
     sample.saw(an_outcome([0, 1, 2, 3, 4], failed=(0, 1, 2, 3, 4)))
 
-    assert sample.measure(FAST, settings) is None
+    with contextlib.closing(open_catalog(settings.data_dir)) as catalog:
+        assert sample.measure(FAST, settings, catalog, "run") is None
     assert not (settings.data_dir / "logs").exists()
+
+
+def reason_told(caplog: pytest.LogCaptureFixture) -> str:
+    """Why nothing was measured, as the one warning has it."""
+    (record,) = [r for r in caplog.records if r.name == fidelity.__name__]
+    assert record.levelname == "WARNING"
+    assert "how exact the vectors are was not measured" in record.getMessage()
+    return record.getMessage()
 
 
 @pytest.mark.slow
@@ -421,15 +520,60 @@ def test_where_nothing_was_embedded_no_process_is_started(settings: Settings) ->
     ids=str,
 )
 def test_an_exact_encoder_that_cannot_be_loaded_costs_the_measure_alone(
-    known: Known, changes: dict[str, Any], words: str, caplog: pytest.LogCaptureFixture
+    known: Known,
+    catalog: sqlite3.Connection,
+    changes: dict[str, Any],
+    words: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     request = dataclasses.replace(FAST, **changes)
 
-    assert known.sample(known.vectors).measure(request, known.settings) is None
-    (record,) = [r for r in caplog.records if r.name == fidelity.__name__]
-    assert record.levelname == "WARNING"
-    assert "how exact the vectors are was not measured" in record.getMessage()
-    assert words in record.getMessage()
+    assert known.measure(known.sample(known.vectors), catalog, request) is None
+    assert words in reason_told(caplog)
+
+
+@pytest.mark.slow
+def test_exact_vectors_that_cannot_be_stored_cost_the_measure_alone(
+    known: Known, catalog: sqlite3.Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    # A file where the folder of segments belongs.
+    (known.settings.data_dir / "vectors").touch()
+
+    found = known.measure(known.sample(known.vectors), catalog)
+
+    (known.settings.data_dir / "vectors").unlink()
+    assert found is None
+    assert "cannot write" in reason_told(caplog)
+    assert known.stored(catalog) == set()
+
+
+def gone(segment: Path) -> None:
+    segment.unlink()
+
+
+def cut_short(segment: Path) -> None:
+    os.truncate(segment, 100)
+
+
+def no_file(segment: Path) -> None:
+    segment.unlink()
+    segment.mkdir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [gone, cut_short, no_file])
+def test_exact_vectors_that_cannot_be_read_cost_the_measure_alone(
+    known: Known,
+    catalog: sqlite3.Connection,
+    damage: Callable[[Path], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    known.measure(known.sample(known.vectors), catalog)
+    (segment,) = (known.settings.data_dir / "vectors").glob("*/*.f32")
+    damage(segment)
+
+    assert known.measure(known.sample(known.vectors), catalog) is None
+    assert segment.name in reason_told(caplog)
 
 
 def test_words_name_what_was_measured_and_nothing_that_was_not() -> None:
@@ -491,6 +635,14 @@ def fast(built: Built) -> Build:
     return tk.attach(built.run_id)
 
 
+def exact_usage() -> list[dict[str, Any]]:
+    """What the store says of exact vectors, bytes that no vector needs included."""
+    with contextlib.closing(open_catalog(config.resolve().data_dir)) as catalog:
+        specs = dict(catalog.execute("SELECT fingerprint, spec FROM encoders"))
+    exact = {f for f, spec in specs.items() if EncoderSpec.from_json(json.loads(spec)).is_exact}
+    return [row for row in tk.store_usage() if row["fingerprint"] in exact]
+
+
 def events_of(run: Build) -> list[dict[str, Any]]:
     return [event for event in run._view.events() if event["event"] == "fidelity"]
 
@@ -515,12 +667,15 @@ def test_a_fast_build_tells_how_far_it_moved_the_vectors(fast: Build) -> None:
 
 @pytest.mark.slow
 def test_what_it_tells_is_what_an_exact_index_of_the_same_photos_shows(
-    fast: Build, built: Built
+    fast: Build, built: Built, tmp_path: Path
 ) -> None:
     (event,) = events_of(fast)
+    # Of its own: with the vectors that were measured against it would agree in any case.
+    tk.configure(data_dir=tmp_path / "other")
 
     exact = build(built.photos, name="exact", distributed=False, dtype="f32")
 
+    assert exact.accounting.embedded == N_PHOTOS
     with fast.index as moved, exact.index as right:
         assert moved.to_pandas()["path"].tolist() == right.to_pandas()["path"].tolist()
         cosines = (np.asarray(moved.vectors, np.float64) * right.vectors).sum(axis=1)
@@ -568,6 +723,43 @@ def test_only_what_a_build_embedded_is_measured(fast: Build, built: Built, tmp_p
     (event,) = events_of(run)
     assert (run.accounting.embedded, run.accounting.reused, event["n"]) == (1, N_PHOTOS, 1)
     assert str(run.record.fidelity).startswith("against exact vectors, 1 image: cosine 0.9")
+
+
+@pytest.mark.slow
+def test_an_exact_build_takes_over_the_vectors_that_were_measured_against(
+    fast: Build, built: Built
+) -> None:
+    exact = build(built.photos, name="exact", distributed=False)
+
+    assert (exact.accounting.embedded, exact.accounting.reused) == (0, N_PHOTOS)
+    assert exact.record.encoder == "64-d vectors of test_vit with random weights"
+
+
+@pytest.mark.slow
+def test_another_fast_build_embeds_no_exact_vector_again(fast: Build, built: Built) -> None:
+    (usage,) = exact_usage()
+
+    other = build(built.photos, name="other", distributed=False, precision="bf16")
+
+    assert (other.accounting.embedded, events_of(other)[0]["n"]) == (N_PHOTOS, N_PHOTOS)
+    assert other.record.fidelity != fast.record.fidelity
+    # The only model that was loaded is its own, and no byte was written.
+    assert [key[0] for key in local._warm] == [dataclasses.replace(TINY, precision="bf16")]
+    assert exact_usage() == [usage]
+
+
+@pytest.mark.slow
+def test_a_fast_build_after_an_exact_one_embeds_no_exact_vector(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    write_mosaics(photos, 3)
+    build(photos, name="exact", distributed=False)
+    (usage,) = exact_usage()
+
+    fast = build(photos, name="fast", distributed=False, **FAST_OPTIONS)
+
+    assert (fast.accounting.embedded, events_of(fast)[0]["n"]) == (3, 3)
+    assert [key[0] for key in local._warm] == [FAST]
+    assert (usage["n_vectors"], exact_usage()) == (3, [usage])
 
 
 @pytest.mark.slow

@@ -150,7 +150,7 @@ def test_fast_build_is_served_by_a_worker_that_was_started_for_it(inside: World)
         run = tk.build_index("others", name="others", distributed="require", **CHEAP, **fast)
 
         with pytest.raises(ExecutorUnavailableError, match="serves test_vit with other weights"):
-            tk.build_index("others", name="exact", distributed="require", **CHEAP)
+            tk.build_index("photos", name="exact", distributed="require", **CHEAP)
         worker.stop()
     assert alone.record.batches["workers"] == run.record.batches["local"] == 0
     assert_same_table(built("others"), expected)

@@ -200,7 +200,9 @@ class EmbeddingStage:
     def _measure_fidelity(self) -> None:
         """Say how far a faster encoder moved the vectors of this run."""
         self._journal.stage("fidelity")
-        fidelity = self._sample.measure(self._request.encoder, self._settings)
+        fidelity = self._sample.measure(
+            self._request.encoder, self._settings, self._db, self._journal.record.run_id
+        )
         if fidelity is not None:
             self._journal.record.fidelity = str(fidelity)
             self._journal.event("fidelity", **fidelity.to_json())

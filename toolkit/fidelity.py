@@ -1,28 +1,36 @@
 """How far the vectors of a faster encoder lie from exact ones: measured on a sample of a build.
 
-Law: what is sampled depends on the order of the images alone. It measures and changes nothing.
+Law: what is sampled depends on the order of the images alone. Exact vectors come from the store,
+and those that it lacks go there, so that no build pays for them again.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import random
+import sqlite3
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.catalog import transaction
 from toolkit.config import Settings
-from toolkit.dispatch.local import warm_executor
+from toolkit.dispatch.check import check_outcome
+from toolkit.dispatch.local import LocalExecutor, warm_executor
 from toolkit.embedding.spec import EncoderRequest
-from toolkit.errors import RoadError, ToolkitError
+from toolkit.embedding.store import VectorStore
+from toolkit.embedding.weights import known_spec
+from toolkit.errors import ToolkitError
+from toolkit.images.decode import DECODE_VERSION
 from toolkit.index.quality import neighbour_overlap
 from toolkit.records import Batch, Item, Outcome
 
 logger = logging.getLogger(__name__)
 
-#: Images that are embedded exactly, too.
+#: Images whose exact vectors are looked at, too.
 SAMPLE = 128
 
 #: Neighbours that are compared.
@@ -85,25 +93,81 @@ class Sample:
     def saw(self, outcome: Outcome) -> None:
         """Keep what became of those that were chosen."""
         for embedded in outcome.embedded:
-            if embedded.item_id in self._items:
-                self._vectors[embedded.item_id] = outcome.vectors[embedded.row].copy()
+            if item := self._items.get(embedded.item_id):
+                self._items[item.id] = dataclasses.replace(item, key=embedded.key)
+                self._vectors[item.id] = outcome.vectors[embedded.row].copy()
 
-    def measure(self, request: EncoderRequest, settings: Settings) -> Fidelity | None:
-        """Embed the sample exactly and compare; ``None`` if that cannot be done."""
+    def measure(
+        self,
+        request: EncoderRequest,
+        settings: Settings,
+        catalog: sqlite3.Connection,
+        run_id: str,
+    ) -> Fidelity | None:
+        """Compare the sample with exact vectors; ``None`` if that cannot be done.
+
+        Args:
+            request: The faster encoder.
+            settings: Of the build.
+            catalog: Open; exact vectors that have to be made are stored.
+            run_id: Of the build.
+        """
         items = tuple(item for id_, item in self._items.items() if id_ in self._vectors)
         if not items:
             return None
         try:
-            with warm_executor(request.exact, settings) as executor:
-                spec = executor.start()
-                exact = executor.embed(Batch(0, spec.fingerprint, items), {})
-        except (RoadError, ToolkitError) as error:
+            exact = _exact_vectors(request.exact, items, settings, catalog, run_id)
+        # Whatever model, store or catalog have against it: a build is worth more than a measure.
+        except (ToolkitError, OSError, sqlite3.Error) as error:
             logger.warning("how exact the vectors are was not measured: %s", error)
             return None
-        pairs = [(self._vectors[e.item_id], exact.vectors[e.row]) for e in exact.embedded]
+        pairs = [(self._vectors[id_], right) for id_, right in exact.items()]
         if not pairs:
             return None
         fast, right = (np.stack(side) for side in zip(*pairs, strict=True))
         cosines = (fast.astype(np.float64) * right).sum(axis=1)
         overlap = neighbour_overlap(fast, right, K) if len(pairs) > 1 else 1.0
         return Fidelity(len(pairs), float(cosines.mean()), float(cosines.min()), overlap)
+
+
+def _exact_vectors(
+    request: EncoderRequest,
+    items: tuple[Item, ...],
+    settings: Settings,
+    catalog: sqlite3.Connection,
+    run_id: str,
+) -> dict[int, NDArray[np.float32]]:
+    """Exact vectors by item; without those that were not stored and cannot be made any more."""
+    keys = {item.id: item.key for item in items if item.key is not None}
+    wanted = list(keys.values())
+    spec = known_spec(request, settings.data_dir)
+    store = VectorStore(catalog, settings.data_dir, spec) if spec else None
+    if store is None or not store.has(wanted).issuperset(wanted):
+        with warm_executor(request, settings) as executor:
+            store = VectorStore(catalog, settings.data_dir, executor.start())
+            stored = store.has(wanted)
+            if lacking := tuple(item for item in items if item.key not in stored):
+                _embed(lacking, executor, store, catalog, run_id)
+    stored = store.has(wanted)
+    there = {id_: key for id_, key in keys.items() if key in stored}
+    rows = itertools.chain.from_iterable(store.read(there.values()))
+    return dict(zip(there, rows, strict=True))
+
+
+def _embed(
+    items: tuple[Item, ...],
+    executor: LocalExecutor,
+    store: VectorStore,
+    catalog: sqlite3.Connection,
+    run_id: str,
+) -> None:
+    """Embed images and store their vectors."""
+    spec = executor.start()
+    outcome = executor.embed(Batch(0, spec.fingerprint, items), {})
+    check_outcome(outcome, items, spec)
+    if outcome.embedded:
+        with store.writer(run_id) as writer:
+            first = writer.append(outcome.vectors)
+            with transaction(catalog):
+                # Without the failures: each of these images has a vector in this build.
+                writer.record(dataclasses.replace(outcome, failed=()), first, DECODE_VERSION)

@@ -11,15 +11,14 @@ import dataclasses
 import logging
 import sqlite3
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from toolkit.catalog import open_catalog, transaction
 from toolkit.config import Settings
 from toolkit.dispatch.local import warm_executor
-from toolkit.embedding.spec import EncoderRequest, EncoderSpec, SpecCache
+from toolkit.embedding.spec import EncoderSpec
 from toolkit.embedding.store import VectorStore
-from toolkit.embedding.weights import find_weights
+from toolkit.embedding.weights import known_spec
 from toolkit.embedding_stage import EmbeddingStage, last_rate
 from toolkit.errors import (
     BuildFailedError,
@@ -52,11 +51,6 @@ SPACE_MARGIN = 1.2
 
 #: Bytes of an index per row for links and paths, besides its components.
 _ROW_BYTES = 600
-
-
-def known_spec(request: EncoderRequest, data_dir: Path) -> EncoderSpec | None:
-    """The encoder that a request means, if that is known without loading a model."""
-    return SpecCache(data_dir / "specs").get(request, find_weights(request, data_dir))
 
 
 def plan_build(request: BuildRequest, settings: Settings) -> PlanReport:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit.embedding.spec import EncoderRequest, read_json, write_json
+from toolkit.embedding.spec import EncoderRequest, EncoderSpec, SpecCache, read_json, write_json
 from toolkit.errors import WeightsNotFoundError
 
 logger = logging.getLogger(__name__)
@@ -115,6 +115,15 @@ def find_weights(request: EncoderRequest, data_dir: Path) -> WeightsFile | None:
         or (_at(packaged, data_dir) if packaged else None)
         or _noted(folder / _NOTE, data_dir)
     )
+
+
+def known_spec(request: EncoderRequest, data_dir: Path) -> EncoderSpec | None:
+    """The encoder that a request means, if that is known without loading a model.
+
+    Raises:
+        WeightsNotFoundError: As :func:`find_weights`.
+    """
+    return SpecCache(data_dir / "specs").get(request, find_weights(request, data_dir))
 
 
 def fetch_weights(model: str, repo: str, name: str | None, data_dir: Path) -> WeightsFile:
