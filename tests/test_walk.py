@@ -175,6 +175,26 @@ def test_pattern_with_a_slash_is_matched_against_the_whole_path(tmp_path: Path) 
     assert answer == dict(zip(names, ["raw/*", "raw/*", "found", "found"], strict=True))
 
 
+def test_first_pattern_that_matches_names_the_file(tmp_path: Path) -> None:
+    names = ("raw/a.jpg", "raw/b.jpg", "c.jpg", "d.png", "e.gif")
+    exclude = ("?.jp[eg]", "a*", "raw/*", "*/b.jpg", "c.*", "*.png", "d*")
+
+    for first in range(len(exclude)):
+        answer = told(folder(tmp_path / str(first), *names), Rules(exclude=exclude[first:]))
+
+        said = [answer[name] for name in names]
+        assert said == [
+            next((p for p in exclude[first:] if p in matching), "found")
+            for matching in (
+                ("?.jp[eg]", "a*", "raw/*"),
+                ("?.jp[eg]", "raw/*", "*/b.jpg"),
+                ("?.jp[eg]", "c.*"),
+                ("*.png", "d*"),
+                (),
+            )
+        ]
+
+
 def test_include_takes_what_matches_and_names_the_rest(tmp_path: Path) -> None:
     names = ["cats/a.jpg", "cats/deep/b.png", "dogs/c.jpg", "dogs/cat.jpg", "cats/n.txt"]
 

@@ -42,7 +42,7 @@ from toolkit.machine import free_bytes
 from toolkit.places import data_in_use, index_dir, index_lock
 from toolkit.planning import Losses, Plan
 from toolkit.request import BuildRequest, PlanReport
-from toolkit.run_record import RunState
+from toolkit.run_record import Accounting, RunState
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def plan_build(request: BuildRequest, settings: Settings) -> PlanReport:
         build.check_conflict(spec)
         build.scan_files()
         with build.planned(spec) as plan:
-            report = build.report(plan, spec)
+            report = build.report(plan, spec, plan.accounting())
         build.check_space(report)
         return report
 
@@ -160,8 +160,8 @@ class _Build:
                 self._scan.remember()
                 if request.retry_failed:
                     plan.forget_failures()
-            report = self.report(plan, spec)
-            journal.record.accounting = plan.accounting(0, report.reused)
+            journal.record.accounting = books = plan.accounting()
+            report = self.report(plan, spec, books)
             journal.event("plan", **dataclasses.asdict(report))
             logger.info("run %s: %s", journal.record.run_id, report)
             self.check_space(report)
@@ -228,17 +228,17 @@ class _Build:
         finally:
             plan.close()
 
-    def report(self, plan: Plan, spec: EncoderSpec | None) -> PlanReport:
-        """The plan in figures."""
-        n, reused = plan.n_to_embed(), plan.n_reused()
+    def report(self, plan: Plan, spec: EncoderSpec | None, books: Accounting) -> PlanReport:
+        """The plan in figures; the books are those before anything is embedded."""
+        n, reused = plan.n_to_embed() if books.pending else 0, books.reused
         rate = last_rate(self._settings.data_dir, spec.describe()) if spec else None
         dim = spec.dim if spec else 0
         row = dim * (4 + DTYPE_BYTES[self._request.dtype]) + _ROW_BYTES
         return PlanReport(
             changes=plan.changes(),
-            found=self._scan.n_found,
+            found=books.found,
             excluded=dict(self._scan.excluded),
-            failed=plan.accounting(0, 0).failed,
+            failed=books.failed,
             reused=reused,
             to_embed=n,
             seconds=n / rate if rate else None,

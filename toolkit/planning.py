@@ -39,6 +39,28 @@ _HAS_VECTOR = (
     " WHERE v.encoder_id = :encoder AND v.image_key = scan.image_key)"
 )
 
+# One pass, which asks of each file once where it was published; see Changes.
+_CHANGES = """
+WITH seen AS (
+    SELECT id, image_key, failure IS 'unreadable' AS lost,
+        path IN (SELECT path FROM prev.copies) AS published,
+        EXISTS (SELECT 1 FROM prev.copies AS c JOIN prev.items AS i USING (key)
+            WHERE c.path = scan.path AND i.image_key = scan.image_key) AS same
+    FROM temp.scan),
+outside AS (
+    SELECT EXISTS (SELECT 1 FROM prev.items AS i JOIN prev.copies AS c USING (key)
+            WHERE i.image_key = seen.image_key
+            AND c.path NOT IN (SELECT path FROM temp.scan)) AS moved,
+        image_key IN (SELECT image_key FROM prev.items) OR EXISTS (SELECT 1 FROM temp.scan AS s
+            WHERE s.image_key = seen.image_key AND s.id < seen.id) AS known
+    FROM seen WHERE NOT lost AND NOT published)
+SELECT count(*) FILTER (WHERE lost), count(*) FILTER (WHERE NOT lost AND same),
+    count(*) FILTER (WHERE NOT lost AND published AND NOT same),
+    (SELECT count(*) FROM outside WHERE moved),
+    (SELECT count(*) FROM outside WHERE NOT moved AND known), (SELECT count(*) FROM outside)
+FROM seen
+"""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Changes:
@@ -162,45 +184,24 @@ class Plan:
 
     def changes(self) -> Changes:
         """How the files differ from the published index."""
-        n = self._count
-        in_prev = "path IN (SELECT path FROM prev.copies)"
-        same = (
-            "EXISTS (SELECT 1 FROM prev.copies AS c JOIN prev.items AS i USING (key)"
-            " WHERE c.path = scan.path AND i.image_key = scan.image_key)"
-        )
-        gone_path = (
-            "EXISTS (SELECT 1 FROM prev.items AS i JOIN prev.copies AS c USING (key) WHERE"
-            " i.image_key = scan.image_key AND c.path NOT IN (SELECT path FROM temp.scan))"
-        )
-        known = (
-            "(image_key IN (SELECT image_key FROM prev.items) OR EXISTS (SELECT 1 FROM temp.scan"
-            " AS s WHERE s.image_key = scan.image_key AND s.id < scan.id))"
-        )
-        readable = "failure IS NOT 'unreadable'"
-        moved = n(f"{readable} AND NOT {in_prev} AND {gone_path}")
-        duplicate = n(f"{readable} AND NOT {in_prev} AND NOT {gone_path} AND {known}")
-        outside = n(f"{readable} AND NOT {in_prev}")
+        row = self._db.execute(_CHANGES).fetchone()
+        unreadable, unchanged, changed, moved, duplicate, outside = row
         (gone,) = self._db.execute(
             "SELECT count(*) FROM prev.copies WHERE path NOT IN (SELECT path FROM temp.scan)"
         ).fetchone()
         return Changes(
             new=outside - moved - duplicate,
-            changed=n(f"{readable} AND {in_prev} AND NOT {same}"),
+            changed=changed,
             moved=moved,
             duplicate=duplicate,
-            unchanged=n(f"{readable} AND {same}"),
-            unreadable=n("failure = 'unreadable'"),
+            unchanged=unchanged,
+            unreadable=unreadable,
             deleted=max(0, gone - moved),
         )
 
     def n_to_embed(self) -> int:
         """Images that :meth:`to_embed` will yield, as far as is known now."""
         query = f"SELECT count(DISTINCT {_SAME}) FROM temp.scan WHERE {self._todo}"
-        return self._scalar(query, self._encoder)
-
-    def n_reused(self) -> int:
-        """Contents of this scan whose vector is stored already."""
-        query = f"SELECT count(DISTINCT image_key) FROM temp.scan WHERE {_GOOD} AND {_HAS_VECTOR}"
         return self._scalar(query, self._encoder)
 
     def to_embed(self) -> Iterator[Item]:
@@ -228,21 +229,34 @@ class Plan:
     def _todo(self) -> str:
         return f"failure IS NULL AND NOT {_HAS_VECTOR}"
 
-    def accounting(self, embedded: int, reused: int) -> Accounting:
-        """The books as they stand."""
-        good = f"{_GOOD} AND {_HAS_VECTOR}"
-        distinct = f"SELECT count(DISTINCT image_key) FROM temp.scan WHERE {good}"
-        indexed = self._scalar(distinct, self._encoder)
+    def accounting(self, embedded: int = 0, reused: int | None = None) -> Accounting:
+        """The books as they stand.
+
+        Args:
+            embedded: Images that went through the model in this run.
+            reused: Contents whose vector was stored before; ``None`` while nothing has been
+                embedded: then these are all that are indexed.
+        """
+        indexed, files, failed, pending, kept = self._db.execute(
+            f"SELECT count(DISTINCT v.image_key) FILTER (WHERE {_GOOD}),"
+            f" count(v.image_key) FILTER (WHERE {_GOOD}),"
+            " count(*) FILTER (WHERE failure IS NOT NULL AND kept = 0),"
+            f" count(*) FILTER (WHERE {_GOOD} AND v.image_key IS NULL),"
+            " count(*) FILTER (WHERE kept = 1)"
+            " FROM temp.scan LEFT JOIN vectors AS v"
+            " ON v.encoder_id = :encoder AND v.image_key = scan.image_key",
+            self._encoder,
+        ).fetchone()
         return Accounting(
             found=self._scan.n_found,
             indexed=indexed,
-            duplicates=self._count(good) - indexed,
-            failed=self._count("failure IS NOT NULL AND kept = 0"),
+            duplicates=files - indexed,
+            failed=failed,
             excluded=self._scan.excluded.total(),
-            pending=self._count(f"{_GOOD} AND NOT {_HAS_VECTOR}"),
+            pending=pending,
             embedded=embedded,
-            reused=reused,
-            kept=self._count("kept = 1"),
+            reused=indexed if reused is None else reused,
+            kept=kept,
         )
 
     def failures(self) -> Iterator[dict[str, str]]:
@@ -288,13 +302,18 @@ class Plan:
         """
         for table in ("ranked", "members"):
             self._db.execute(f"DROP TABLE IF EXISTS temp.{table}")
+        # Numbered by their rows, in this order: nobody has to sort them again.
         self._db.execute(
-            "CREATE TEMP TABLE ranked AS SELECT id, image_key, row_number() OVER"
-            f" (ORDER BY source, path, id) AS place FROM temp.scan WHERE {_GOOD}"
+            "CREATE TEMP TABLE ranked(place INTEGER PRIMARY KEY, id INTEGER, image_key BLOB)"
+        )
+        self._db.execute(
+            "INSERT INTO temp.ranked(id, image_key) SELECT id, image_key FROM temp.scan"
+            f" WHERE {_GOOD} ORDER BY source, path, id"
         )
         self._db.execute("CREATE INDEX temp.ranked_by_key ON ranked(image_key)")
+        self._db.execute("CREATE TEMP TABLE members(first INTEGER PRIMARY KEY, image_key BLOB)")
         self._db.execute(
-            "CREATE TEMP TABLE members AS SELECT image_key, min(place) AS first FROM temp.ranked"
+            "INSERT INTO temp.members SELECT min(place) AS first, image_key FROM temp.ranked"
             " GROUP BY image_key ORDER BY first"
         )
         digest = xxhash.xxh3_128()
@@ -350,9 +369,6 @@ class Plan:
             " AND v.image_key = i.image_key)",
             {**self._encoder, **(values or {})},
         )
-
-    def _count(self, where: str) -> int:
-        return self._scalar(f"SELECT count(*) FROM temp.scan WHERE {where}", self._encoder)
 
     def _scalar(self, query: str, values: dict[str, int] | None = None) -> int:
         return int(self._db.execute(query, values or {}).fetchone()[0])

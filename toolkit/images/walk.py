@@ -14,7 +14,6 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
-from typing import TypeAlias
 
 from toolkit.images.datasets import Source, folder_label
 from toolkit.images.decode import IMAGE_SUFFIXES
@@ -77,10 +76,6 @@ class Unreadable:
     kind: FailureKind = FailureKind.UNREADABLE
 
 
-#: An expression, and whether it is for whole paths.
-_Pattern: TypeAlias = tuple[re.Pattern[str], bool]
-
-
 class Rules:
     """Which files a build takes.
 
@@ -92,26 +87,32 @@ class Rules:
     def __init__(
         self, include: Sequence[str] = (), exclude: Sequence[str] = DEFAULT_EXCLUDES
     ) -> None:
-        self._include = [_compile(pattern) for pattern in include]
-        named = [(_RULE_OF.get(pattern, pattern), "/" in pattern, pattern) for pattern in exclude]
-        # One expression a rule: a million files meet each of them.
-        self._exclude: list[tuple[_Pattern, str]] = [
-            (_compile(*(pattern for _, _, pattern in group)), rule)
-            for (rule, _), group in itertools.groupby(named, key=lambda entry: entry[:2])
-        ]
+        self._include = [(_compile([pattern]), "/" in pattern) for pattern in include]
+        # One expression for all in a row that are for names, or for whole paths: a million
+        # files meet each of them.
+        self._exclude: list[tuple[re.Pattern[str], bool, list[str]]] = []
+        for whole, group in itertools.groupby(exclude, key=lambda pattern: "/" in pattern):
+            patterns = list(group)
+            rules = [_RULE_OF.get(pattern, pattern) for pattern in patterns]
+            self._exclude.append((_compile(patterns), whole, rules))
 
     def excluded_by(self, relative: bytes) -> str | None:
         """The rule that leaves out a name or path below the dataset, or ``None``."""
-        parts = _parts(relative)
-        for (regex, whole), rule in self._exclude:
-            if regex.fullmatch(parts[0] if whole else parts[-1]):
-                return rule
+        path = _text(relative)
+        name = path.rpartition("/")[2]
+        for regex, whole, rules in self._exclude:
+            if match := regex.fullmatch(path if whole else name):
+                assert match.lastindex  # a group for each pattern
+                return rules[match.lastindex - 1]
         return None
 
     def includes(self, relative: bytes) -> bool:
         """Whether a file that no rule leaves out is asked for."""
-        path, *names = _parts(relative)
-        return not self._include or any(
+        if not self._include:
+            return True
+        path = _text(relative)
+        names = path.split("/")
+        return any(
             regex.fullmatch(path) if whole else any(regex.fullmatch(name) for name in names)
             for regex, whole in self._include
         )
@@ -145,15 +146,15 @@ class _Walker:
     def entries(self) -> Iterator[Found | Excluded | Unreadable]:
         while self._folders or self._links:
             path, rule = self._folders.pop() if self._folders else heapq.heappop(self._links)
+            label = folder_label(path + b"/.")
             try:
                 if self._follow_links and self._is_listed(path):
                     continue
                 with os.scandir(path) as entries:
                     for entry in entries:
-                        yield from self._entry(entry, rule)
+                        yield from self._entry(entry, label, rule)
             except OSError as error:
                 # Nothing below a rule would have been taken: there it is no failure.
-                label = folder_label(path + b"/.")
                 yield Excluded(path, rule) if rule else Unreadable(path, label, _reason(error))
 
     def _is_listed(self, folder: bytes) -> bool:
@@ -165,7 +166,7 @@ class _Walker:
         return False
 
     def _entry(
-        self, entry: os.DirEntry[bytes], rule: str | None
+        self, entry: os.DirEntry[bytes], label: str, rule: str | None
     ) -> Iterator[Found | Excluded | Unreadable]:
         relative = entry.path[len(self._root) :].lstrip(os.sep.encode())
         rule = rule or self._rules.excluded_by(relative)
@@ -178,13 +179,12 @@ class _Walker:
                 else:
                     self._folders.append((entry.path, rule))
             elif stat.S_ISREG((info := entry.stat()).st_mode):
-                yield self._file(entry.path, relative, rule, info)
+                yield self._file(entry.path, label, relative, rule, info)
         except OSError as error:
-            label = folder_label(entry.path)
             yield Excluded(entry.path, rule) if rule else _no_stat(entry.path, label, error)
 
     def _file(
-        self, path: bytes, relative: bytes, rule: str | None, info: os.stat_result
+        self, path: bytes, label: str, relative: bytes, rule: str | None, info: os.stat_result
     ) -> Found | Excluded:
         if rule is None and not _is_image_name(path):
             rule = RULE_OTHER
@@ -192,7 +192,7 @@ class _Walker:
             rule = RULE_INCLUDE
         if rule is not None:
             return Excluded(path, rule)
-        return Found(path, folder_label(path), FileStat.of(info))
+        return Found(path, label, FileStat.of(info))
 
 
 def _walk_list(source: Source) -> Iterator[Found | Unreadable]:
@@ -225,13 +225,11 @@ def _is_image_name(path: bytes) -> bool:
     return os.path.splitext(path)[1].lower().decode("latin-1") in IMAGE_SUFFIXES
 
 
-def _compile(*patterns: str) -> _Pattern:
-    """One expression for patterns that are all for names, or all for whole paths."""
-    joined = "|".join(fnmatch.translate(pattern) for pattern in patterns)
-    return re.compile(joined, re.IGNORECASE), "/" in patterns[0]
+def _compile(patterns: Sequence[str]) -> re.Pattern[str]:
+    """One expression for patterns that are all for names, or all for whole paths; a group each."""
+    joined = "|".join(f"({fnmatch.translate(pattern)})" for pattern in patterns)
+    return re.compile(joined, re.IGNORECASE)
 
 
-def _parts(relative: bytes) -> list[str]:
-    """The whole path below the dataset, then each name on the way."""
-    text = show_path(relative).replace(os.sep, "/")
-    return [text, *text.split("/")]
+def _text(relative: bytes) -> str:
+    return show_path(relative).replace(os.sep, "/")
