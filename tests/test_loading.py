@@ -120,6 +120,29 @@ def test_lanes_do_not_show_in_the_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_signal_after_an_encoder_is_gone_does_no_harm(tmp_path: Path) -> None:
+    # In a process of its own: what is tried may kill it.
+    code = CODE + (
+        "import os, signal, threading\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: print('handled'))\n"
+        "del encoder\n"
+        "for thread in threading.enumerate():\n"
+        "    if thread.name.startswith('encode'):\n"
+        "        thread.join(timeout=30)\n"
+        "os.kill(os.getpid(), signal.SIGUSR1)\n"
+    )
+    asked = json.dumps(TINY.to_json())
+
+    done = subprocess.run(
+        [sys.executable, "-c", code, asked, str(tmp_path / "data"), str(tmp_path / "engines")],
+        capture_output=True,
+        text=True,
+    )
+
+    assert (done.returncode, done.stdout.split()[-1]) == (0, "handled"), done.stderr
+
+
+@pytest.mark.slow
 def test_an_exported_model_needs_no_torch(tmp_path: Path) -> None:
     first = load_apart(TINY, tmp_path)
     second = load_apart(TINY, tmp_path)

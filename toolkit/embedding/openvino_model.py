@@ -6,6 +6,7 @@ what to calculate in and asked what it took. Torch is needed to export a model, 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -64,7 +65,7 @@ class OpenVinoModel:
         self.micro_batch, self.n_lanes = batch_size or MICRO_BATCH, threads
         channels, height, width = input_size
         try:
-            core = openvino.Core()
+            core = _core()
             model = core.read_model(folder / MODEL_FILE)
             model.reshape([self.micro_batch, height, width, channels])
             self._compiled = core.compile_model(model, "CPU", _options(threads, precision))
@@ -129,6 +130,18 @@ def _openvino() -> Any:
     # It imports what reports to its makers, if it can: nobody is told of what runs here.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     return importlib.import_module("openvino")
+
+
+@functools.cache
+def _core() -> Any:
+    """The one door to OpenVINO, kept for as long as this process lives.
+
+    Its processor plugin gives the thread that loads it another stack for signals, and unmaps that
+    when the last model of the last core is gone. That would be in a lane, which ends after its
+    encoder: the other thread would keep a stack that is not there, and the next signal that
+    Python handles would kill the process.
+    """
+    return _openvino().Core()
 
 
 def _options(threads: int, precision: str) -> dict[str, Any]:
