@@ -1,4 +1,7 @@
-"""Pictures that crash, hang, hold or slow down the real decoder, in every process of a test."""
+"""Pictures that crash, hang, hold or slow down the real decoder, in every process of a test.
+
+And an engine that crashes while it takes a model.
+"""
 
 from __future__ import annotations
 
@@ -41,3 +44,45 @@ def write_sabotage(folder: Path) -> Path:
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(_SABOTAGE)
     return folder
+
+
+#: The same for OpenVINO: after it has taken a model, the process dies of the next signal in the
+#: file ``deaths``, or of an export that a test has marked.
+_ENGINE_SABOTAGE = """
+import sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name != "toolkit.embedding.openvino_model":
+            return None
+        sys.meta_path.remove(self)
+        import ctypes, importlib.util, os, pathlib, signal
+        spec = importlib.util.find_spec(name)
+        load = spec.loader.exec_module
+        deaths = pathlib.Path(__file__).with_name("deaths")
+        def exec_module(module):
+            load(module)
+            take = module.OpenVinoModel.__init__
+            def crashing(self, folder, *args):
+                if (folder / module.MODEL_FILE).read_bytes().endswith(b"CRASH"):
+                    ctypes.string_at(0)
+                take(self, folder, *args)
+                how, *rest = deaths.read_text().split() or [None]
+                deaths.write_text(" ".join(rest))
+                if how == "SIGSEGV":
+                    ctypes.string_at(0)
+                if how:
+                    os.kill(os.getpid(), signal.Signals[how])
+            module.OpenVinoModel.__init__ = crashing
+        spec.loader.exec_module = exec_module
+        return spec
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def write_engine_sabotage(folder: Path) -> Path:
+    """Write that module into a new folder, for ``PYTHONPATH``, and give the file ``deaths``."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(_ENGINE_SABOTAGE)
+    deaths = folder / "deaths"
+    deaths.write_text("")
+    return deaths

@@ -18,14 +18,13 @@ from tests.pictures import texture
 from tests.test_catalog import fill, small_disk
 from toolkit.embedding import loading, openvino_model
 from toolkit.embedding.encoder import Encoder
+from toolkit.embedding.exports import is_installed
 from toolkit.embedding.loading import load_encoder
 from toolkit.embedding.openvino_model import MODEL_FILE, OpenVinoModel
 from toolkit.embedding.preprocess import golden_pictures
 from toolkit.embedding.spec import LEAST_BF16_COSINE, EncoderRequest
 
-pytestmark = pytest.mark.skipif(
-    not openvino_model.is_installed(), reason="the fast extra is not installed"
-)
+pytestmark = pytest.mark.skipif(not is_installed(), reason="the fast extra is not installed")
 
 TINY = EncoderRequest("test_vit", pretrained=False)
 TINY_BF16 = dataclasses.replace(TINY, precision="bf16")

@@ -114,6 +114,7 @@ def _load(question: dict[str, Any]) -> Encoder:
         engine_dir=Path(folder) if folder else None,
         threads=question["threads"],
         batch_size=question["batch_size"],
+        crashes=question["crashes"],
     )
 
 

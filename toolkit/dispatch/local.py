@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 import queue
 import signal
@@ -25,6 +26,7 @@ from toolkit import errors
 from toolkit.config import Settings
 from toolkit.dispatch.base import Event, Finished, Lost
 from toolkit.dispatch.wire import read_frame, write_frame
+from toolkit.embedding.exports import MOST_CRASHES, is_installed
 from toolkit.embedding.spec import EncoderRequest, EncoderSpec
 from toolkit.embedding.weights import find_weights
 from toolkit.errors import (
@@ -36,6 +38,8 @@ from toolkit.errors import (
 )
 from toolkit.faults import point
 from toolkit.records import Batch, Outcome
+
+logger = logging.getLogger(__name__)
 
 #: Seconds a model may take to load: weights may come over a slow line.
 LOAD_TIMEOUT_S = 900.0
@@ -49,6 +53,13 @@ IDLE_EXIT_S = 600.0
 
 #: Set in the environment of every child.
 _IN_CHILD = "TOOLKIT_IN_CHILD"
+
+#: How a process ends by a fault of its own code. A kill from outside, for want of memory or by
+#: hand, says nothing about what it ran. The numbers are those of Windows: access violation,
+#: illegal instruction.
+_CRASHES = {
+    -getattr(signal, name, 0) for name in ("SIGSEGV", "SIGILL", "SIGABRT", "SIGBUS", "SIGFPE")
+} - {0} | {0xC0000005, 0xC000001D}
 
 _Frame = tuple[dict[str, Any], list[bytes]] | None
 
@@ -109,27 +120,32 @@ class LocalExecutor:
     def start(self) -> EncoderSpec:
         """Start the child if need be and wait until its model is loaded.
 
+        A child that crashes while OpenVINO may be at work in it is started again, at last without
+        it: torch runs the model then, here and in later processes.
+
         Raises:
             ModelError: If the model cannot be made; the child's own words.
             ExecutorUnavailableError: If the child dies or hangs before it is ready.
         """
         if self._process is not None and self._process.poll() is None and self._spec:
             return self._spec
-        self._kill()
-        self._spawn()
-        try:
-            frame = self._frames.get(timeout=LOAD_TIMEOUT_S)
-        except queue.Empty:
-            self._kill()
-            raise ExecutorUnavailableError(
-                f"the model {self._request.model} was not loaded within {LOAD_TIMEOUT_S:.0f} s; "
-                f"see {self.log_path}"
-            ) from None
-        if frame is None:
-            raise ExecutorUnavailableError(
-                f"the embedding process ended while it loaded {self._request.model} "
-                f"({self._how_it_ended()}); see {self.log_path}"
-            )
+        crashes: list[str] = []
+        while (frame := self._load(crashes)) is None:
+            how = self._how_it_ended()
+            if not self._may_spare_an_engine() or len(crashes) == MOST_CRASHES:
+                raise ExecutorUnavailableError(
+                    f"the embedding process ended while it loaded {self._request.model} "
+                    f"({how}); see {self.log_path}"
+                )
+            crashes.append(how)
+            if len(crashes) == MOST_CRASHES:
+                logger.warning(
+                    "the embedding process was %s each time it loaded %s; torch runs it now "
+                    "instead of OpenVINO; see %s",
+                    how,
+                    self._request.model,
+                    self.log_path,
+                )
         if frame[0]["type"] == "error":
             self._kill()
             raise _rebuilt(frame[0])
@@ -137,6 +153,26 @@ class LocalExecutor:
         self.device, self.engine = frame[0]["device"], frame[0]["engine"]
         self.golden = np.frombuffer(frame[1][0], "<f4").reshape(-1, self._spec.dim)
         return self._spec
+
+    def _load(self, crashes: Sequence[str]) -> _Frame:
+        """The first answer of a new child; ``None`` if it ended before."""
+        self._kill()
+        self._spawn(crashes)
+        try:
+            return self._frames.get(timeout=LOAD_TIMEOUT_S)
+        except queue.Empty:
+            self._kill()
+            raise ExecutorUnavailableError(
+                f"the model {self._request.model} was not loaded within {LOAD_TIMEOUT_S:.0f} s; "
+                f"see {self.log_path}"
+            ) from None
+
+    def _may_spare_an_engine(self) -> bool:
+        """Whether a child that ended crashed, and need not run what it crashed over."""
+        # Taken once: another thread may close us.
+        process = self._process
+        has_crashed = process is not None and process.poll() in _CRASHES
+        return has_crashed and self._settings.engine != "torch" and is_installed()
 
     def submit(
         self,
@@ -245,7 +281,7 @@ class LocalExecutor:
         self._begun.clear()
         return lost
 
-    def _spawn(self) -> None:
+    def _spawn(self, crashes: Sequence[str]) -> None:
         if _IN_CHILD in os.environ:
             # Something that a child imports called us: each child would start another one.
             raise ExecutorUnavailableError(
@@ -280,6 +316,7 @@ class LocalExecutor:
                 "engine_dir": None if engine == "torch" else str(self._settings.engine_dir),
                 "threads": self._settings.threads,
                 "batch_size": self._settings.batch_size,
+                "crashes": list(crashes),
                 "max_pixels": self._settings.max_pixels,
                 "idle_exit_s": self._idle_exit_s,
             }

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import logging
 import os
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,13 @@ from numpy.typing import NDArray
 
 from toolkit.embedding import openvino_model
 from toolkit.embedding.encoder import Encoder
+from toolkit.embedding.exports import (
+    MOST_CRASHES,
+    crash_note,
+    export_folder,
+    is_installed,
+    write_crash_note,
+)
 from toolkit.embedding.openvino_model import EngineError, OpenVinoModel
 from toolkit.embedding.spec import (
     LEAST_BF16_COSINE,
@@ -33,7 +39,6 @@ from toolkit.embedding.spec import (
     SpecCache,
     agree,
     read_json,
-    version_of,
     write_json,
 )
 from toolkit.embedding.weights import WeightsFile, find_weights
@@ -63,6 +68,7 @@ def load_encoder(
     engine_dir: Path | None = None,
     threads: int | None = None,
     batch_size: int | None = None,
+    crashes: Sequence[str] = (),
 ) -> Encoder:
     """Make the model, resolve its spec and remember it.
 
@@ -76,6 +82,9 @@ def load_encoder(
             process may use.
         batch_size: Images that go through the model at once; by default what the device
             does best.
+        crashes: How the processes ended that crashed over this just before. After the first
+            one a model is exported anew, after :data:`~toolkit.embedding.exports.MOST_CRASHES`
+            torch runs it, from then on.
 
     Raises:
         ModelError: If timm does not know the model, cannot make it as asked for, or the
@@ -85,8 +94,8 @@ def load_encoder(
     """
     threads = threads or usable_cpus()
     weights, encoder, exports = find_weights(request, data_dir), None, None
-    if engine_dir is not None and openvino_model.is_installed():
-        exports = _Exports(engine_dir, threads, batch_size)
+    if engine_dir is not None and is_installed():
+        exports = _Exports(engine_dir, threads, batch_size, crashes)
     if exports and (device == "cpu" or (device == "auto" and not has_accelerator())):
         encoder = exports.open(request, weights)
     if encoder is None:
@@ -117,16 +126,26 @@ def load_encoder(
 class _Exports:
     """Exported models on disk, each in a folder named by everything it depends on."""
 
-    def __init__(self, folder: Path, threads: int, batch_size: int | None) -> None:
+    def __init__(
+        self, folder: Path, threads: int, batch_size: int | None, crashes: Sequence[str]
+    ) -> None:
         self._folder, self._threads, self._batch_size = folder, threads, batch_size
+        self._crashes = crashes
 
     def open(self, request: EncoderRequest, weights: WeightsFile | None) -> Encoder | None:
         """The encoder on an exported model; ``None`` when torch has to run it."""
         if request.has_weights and weights is None:
             return None
-        folder = self._place(request, weights)
+        folder = export_folder(self._folder, request, weights)
+        if self._crashes:
+            # It may be damaged in a way that kills whoever reads it.
+            shutil.rmtree(folder, ignore_errors=True)
+            return None
+        return self._open(folder, request)
+
+    def _open(self, folder: Path, request: EncoderRequest) -> Encoder | None:
         record = read_json(folder / _RECORD)
-        if "golden" not in record:
+        if "golden" not in record or crash_note(folder, request.precision).exists():
             return None
         exact = EncoderSpec.from_json(record["spec"])
         spec = dataclasses.replace(exact, precision=request.precision, decode=request.decode)
@@ -152,10 +171,15 @@ class _Exports:
         network: torch.nn.Module,
     ) -> Encoder | None:
         """Export a model and open it; ``None``, with a note for the next time, if it is unfit."""
-        folder = self._place(request, weights)
+        folder = export_folder(self._folder, request, weights)
+        note = crash_note(folder, request.precision)
         began = time.monotonic()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            if len(self._crashes) >= MOST_CRASHES:
+                write_crash_note(note, f"its processes crashed ({', then '.join(self._crashes)})")
+            if note.exists():
+                return None
             with FileLock(self._folder / f".{folder.name}.lock", timeout=EXPORT_TIMEOUT_S):
                 # Somebody else may have been faster.
                 known = read_json(folder / _RECORD)
@@ -164,7 +188,7 @@ class _Exports:
         except (OSError, Timeout) as error:
             logger.warning("%s is not exported, torch runs it: %s", request.model, error)
             return None
-        encoder = self.open(request, weights)
+        encoder = self._open(folder, request)
         if encoder is not None:
             logger.info(
                 "%s exported to OpenVINO in %.1f s", request.model, time.monotonic() - began
@@ -229,13 +253,3 @@ class _Exports:
             folders.sort(key=lambda folder: folder.stat().st_mtime)
             for folder in folders[:-KEEP_EXPORTS]:
                 shutil.rmtree(folder, ignore_errors=True)
-
-    def _place(self, request: EncoderRequest, weights: WeightsFile | None) -> Path:
-        parts = {
-            "request": {**request.exact.to_json(), "checkpoint_path": None},
-            "weights": weights.sha256 if weights else None,
-            "config": read_json(weights.config) if weights and weights.config else None,
-            "versions": [version_of(name) for name in ("openvino", "timm", "torch")],
-        }
-        text = json.dumps(parts, sort_keys=True)
-        return self._folder / f"{request.model}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"

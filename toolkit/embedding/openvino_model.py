@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import sys
 import threading
 import warnings
@@ -86,11 +85,6 @@ class OpenVinoModel:
         result = self._lane.request.infer([pixels], share_inputs=True, share_outputs=True)
         # A copy: the next run of this lane writes over it.
         return np.array(result[0], np.float32)
-
-
-def is_installed() -> bool:
-    """Whether OpenVINO can be imported."""
-    return importlib.util.find_spec("openvino") is not None
 
 
 def export(network: torch.nn.Module, how: Preprocessing, folder: Path) -> None:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from toolkit.config import Settings
 from toolkit.dispatch.local import LocalExecutor, warm_executor
+from toolkit.embedding.exports import find_crash
 from toolkit.embedding.spec import EncoderRequest, EncoderSpec, SpecCache
 from toolkit.embedding.weights import find_weights
 from toolkit.errors import StorageError, ToolkitError
@@ -187,10 +188,17 @@ def _load(request: EncoderRequest, settings: Settings) -> tuple[Check, Here]:
         reason = f"{request.model} loads and cannot embed: {outcome.failed[0].reason}"
         return Check("model", Status.FAIL, reason, "toolkit logs embedder"), Here((), spec)
     detail = f"{spec.describe()} on {device} by {engine}, one picture in {outcome.seconds:.2f} s"
-    if device == "cpu" and settings.engine == "auto" and not _is_there("openvino"):
-        detail += f"; pip install '{_DISTRIBUTION}[fast]' makes it twice as fast or more"
+    if device == "cpu" and settings.engine == "auto":
+        detail += _why_no_engine(request, settings)
     check = Check("model", Status.OK, detail, latency_ms=loaded_ms)
     return check, Here((), spec, outcome.vectors[0], device.partition(":")[0])
+
+
+def _why_no_engine(request: EncoderRequest, settings: Settings) -> str:
+    if not _is_there("openvino"):
+        return f"; pip install '{_DISTRIBUTION}[fast]' makes it twice as fast or more"
+    crash = find_crash(request, data_dir=settings.data_dir, engine_dir=settings.engine_dir)
+    return f"; OpenVINO is not asked, for {crash}" if crash else ""
 
 
 def _started(executor: LocalExecutor) -> EncoderSpec:
