@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,6 +53,7 @@ class Channel:
         self._app = create_app(settings)
         self._producer: Any = None
         self._was_used = False
+        self._heard_at = 0.0
 
     def workers(self) -> dict[str, WorkerView]:
         """Those that are registered and alive, by id."""
@@ -169,7 +171,9 @@ class Channel:
         for piece in rest:
             self.client.append(name, piece)
         # Many pictures over a slow line take longer than a run lives unheard.
-        self.client.set(self.keys.run(self.run_id), "running", ex=RUN_TTL_S)
+        if time.monotonic() - self._heard_at > RUN_TTL_S / 10:
+            self.client.set(self.keys.run(self.run_id), "running", ex=RUN_TTL_S)
+            self._heard_at = time.monotonic()
 
     def _sweep(self) -> None:
         """Remove what runs left whose client is gone."""

@@ -39,6 +39,9 @@ from toolkit.errors import (
 from toolkit.faults import point
 from toolkit.records import Batch, Outcome
 
+if sys.platform == "linux":
+    import fcntl
+
 logger = logging.getLogger(__name__)
 
 #: Seconds a model may take to load: weights may come over a slow line.
@@ -47,6 +50,9 @@ LOAD_TIMEOUT_S = 900.0
 #: File bytes above which a batch is cut. Files are read by path here, so only the share of
 #: the work that one death repeats counts.
 BATCH_BYTES = 64 << 20
+
+#: Room in the pipe to a child, on Linux: 8 MiB of pictures pass in 2 ms instead of 10.
+PIPE_BYTES = 1 << 20
 
 #: Seconds without a question after which a child ends by itself: it holds a model in memory.
 IDLE_EXIT_S = 600.0
@@ -301,7 +307,11 @@ class LocalExecutor:
                 # A notebook's Interrupt goes to its whole process group.
                 start_new_session=True,
             )
-        assert self._process.stdout is not None  # asked for above
+        assert self._process.stdin is not None  # both were asked for above
+        assert self._process.stdout is not None
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError):  # a user may have just so many large pipes
+                fcntl.fcntl(self._process.stdin, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         self._frames = queue.SimpleQueue()
         threading.Thread(
             target=_pump, args=(self._process.stdout, self._frames), daemon=True

@@ -72,7 +72,7 @@ class VectorIndex:
             raise DamagedIndexError(f"{path} is no search graph ({error}); {cure}") from error
         if raw is None:  # what usearch says of a missing file
             raise DamagedIndexError(f"{path} is missing or is no search graph; {cure}")
-        raw.expansion_search = EXPANSION
+        raw.expansion_search = EXPANSION  # type: ignore[misc]  # it has a setter
         return cls(raw)
 
     def __len__(self) -> int:
