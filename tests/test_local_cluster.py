@@ -328,3 +328,24 @@ def test_workers_share_the_processors_unless_told(
     ]
     assert len(environments) == n_workers
     assert all(f"TOOLKIT_THREADS={threads}".encode() in env for env in environments)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
+@pytest.mark.parametrize(
+    ("given", "seen"), [({}, ["0", "7", "0"]), ({"device": "cpu"}, ["0,7", "0,7", "0,7"])]
+)
+def test_workers_take_the_gpus_in_turn(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, given: dict[str, object], seen: list[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,7")
+
+    a_cluster(3, config.resolve(**given))
+
+    found = [
+        entry.decode().partition("=")[2]
+        for pid in pids(settings)
+        for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        if entry.startswith(b"CUDA_VISIBLE_DEVICES=")
+    ]
+    assert sorted(found) == sorted(seen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import math
 import os
 import platform
@@ -39,6 +40,17 @@ def has_accelerator() -> bool:
         return (Path(root) / "System32" / "nvcuda.dll").exists()
     # Apple's own processors have one.
     return platform.machine() == "arm64"
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs of NVIDIA that this process may use, as ``CUDA_VISIBLE_DEVICES`` takes them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        n = len([node for node in Path("/dev").glob("nvidia*") if node.name[6:].isdigit()])
+        return [str(number) for number in range(n)]
+    # As CUDA reads it: what follows a name that means nothing does not count.
+    names = (name.strip() for name in named.split(","))
+    return list(itertools.takewhile(lambda name: name not in ("", "-1"), names))
 
 
 def free_bytes(path: Path) -> int:

@@ -31,7 +31,7 @@ from toolkit.cluster.state import (
 from toolkit.config import Settings
 from toolkit.embedding.spec import EncoderRequest
 from toolkit.errors import ClusterError, SettingError
-from toolkit.machine import usable_cpus
+from toolkit.machine import usable_cpus, visible_gpus
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +137,10 @@ def _start_worker(
         "TOOLKIT_WORKER_ROOTS": os.pathsep.join(map(str, settings.worker_roots)) or os.sep,
         ENCODERS_VARIABLE: json.dumps([encoder]),
     }
+    gpus = visible_gpus()
+    if len(gpus) > 1 and settings.device == "auto":
+        # Each worker has one of its own, as far as they go round.
+        env["CUDA_VISIBLE_DEVICES"] = gpus[(number - 1) % len(gpus)]
     process = spawn(
         # -P: a file h2.py beside a notebook must not be taken for a library's module.
         [sys.executable, "-P", "-m", "toolkit.cli", "worker"],

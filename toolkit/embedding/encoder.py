@@ -7,6 +7,8 @@ component. Batch size, neighbours and threads do not show in it.
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -18,6 +20,13 @@ from toolkit.embedding.preprocess import golden_pictures, prepare
 from toolkit.embedding.spec import EncoderSpec
 
 logger = logging.getLogger(__name__)
+
+#: What twice as many images at once must gain: they also take twice the memory, and as many
+#: pictures wait for each other.
+LEAST_GAIN = 1.05
+
+# Of a size; the first try also makes what it needs on the device.
+_TRIES = 3
 
 
 class Model(Protocol):
@@ -82,6 +91,32 @@ class Encoder:
             What the model looks at, shape ``(height, width, 3)``.
         """
         return prepare(rgb, self.spec.preprocessing)
+
+    def tune(self, sizes: Sequence[int]) -> None:
+        """Take the number of images at once that is fastest here.
+
+        Args:
+            sizes: To try, ascending. A larger one has to gain :data:`LEAST_GAIN`; the first that
+                does not, or for which memory is too small, ends the search.
+        """
+        picture = self.prepare(golden_pictures()[0])
+        best, rate = self.micro_batch, 0.0
+        for size in sizes:
+            self.micro_batch, pixels = size, np.repeat(picture[None], size, axis=0)
+            try:
+                seconds = min(self._seconds(pixels) for _ in range(_TRIES))
+            except MemoryError:
+                break
+            if size / seconds < LEAST_GAIN * rate:
+                break
+            best, rate = size, size / seconds
+        self.micro_batch = best
+        logger.info("%s: %d images at once, %.0f a second", self.model.device, best, rate)
+
+    def _seconds(self, pixels: NDArray[np.uint8]) -> float:
+        began = time.perf_counter()
+        self._lanes.submit(self._run, pixels).result()
+        return time.perf_counter() - began
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Run the model.

@@ -101,7 +101,12 @@ def load_encoder(
     if encoder is None:
         # Deferred: this is what takes seconds.
         from toolkit.embedding.timm_model import make_plain, obtain_weights
-        from toolkit.embedding.torch_model import TorchModel, as_network, resolved_device
+        from toolkit.embedding.torch_model import (
+            ACCELERATOR_MICRO_BATCHES,
+            TorchModel,
+            as_network,
+            resolved_device,
+        )
 
         device = resolved_device(device)
         weights = obtain_weights(request, data_dir)
@@ -113,6 +118,8 @@ def load_encoder(
             raise ModelError(
                 f"{request.model} gives vectors that are not finite; use other weights"
             )
+        if device != "cpu" and batch_size is None:
+            encoder.tune(ACCELERATOR_MICRO_BATCHES)
         if exports and device == "cpu":
             encoder = exports.make(request, weights, spec, network) or encoder
     cache = SpecCache(data_dir / "specs")

@@ -26,8 +26,9 @@ logger = logging.getLogger(__name__)
 #: other load, 75 images/s at 1, 117 at 2, 95 at 4, 79 at 8.
 CPU_MICRO_BATCH = 2
 
-#: The same on an accelerator, where only the number of launches counts; halved out of memory.
-ACCELERATOR_MICRO_BATCH = 64
+#: The same on an accelerator, where the number of launches counts: it is tried with each of these
+#: when a model is loaded, and halved should memory end later.
+ACCELERATOR_MICRO_BATCHES = (16, 32, 64, 128, 256)
 
 
 class TorchModel:
@@ -53,7 +54,8 @@ class TorchModel:
     ) -> None:
         is_cpu = device == "cpu"
         self.device = device
-        self.micro_batch = batch_size or (CPU_MICRO_BATCH if is_cpu else ACCELERATOR_MICRO_BATCH)
+        least = CPU_MICRO_BATCH if is_cpu else ACCELERATOR_MICRO_BATCHES[0]
+        self.micro_batch = batch_size or least
         self.n_lanes = threads if is_cpu else 1
         torch.set_num_threads(1 if is_cpu else threads)
         self._network = network.to(device)
