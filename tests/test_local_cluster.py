@@ -331,21 +331,27 @@ def test_workers_share_the_processors_unless_told(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="reads /proc")
 @pytest.mark.parametrize(
-    ("given", "seen"), [({}, ["0", "7", "0"]), ({"device": "cpu"}, ["0,7", "0,7", "0,7"])]
+    ("visible", "given", "devices"),
+    [
+        ("0,7", {}, ["cuda:0", "cuda:1", "cuda:0"]),
+        ("0,7", {"device": "cpu"}, ["cpu", "cpu", "cpu"]),
+        ("3", {}, ["auto", "auto", "auto"]),
+        ("-1", {}, ["auto", "auto", "auto"]),
+    ],
 )
 def test_workers_take_the_gpus_in_turn(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch, given: dict[str, object], seen: list[str]
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    visible: str,
+    given: dict[str, object],
+    devices: list[str],
 ) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,7")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
 
     a_cluster(3, config.resolve(**given))
 
-    found = [
-        entry.decode().partition("=")[2]
-        for pid in pids(settings)
-        for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        if entry.startswith(b"CUDA_VISIBLE_DEVICES=")
-    ]
-    assert sorted(found) == sorted(seen)
+    commands = [Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in pids(settings)]
+    found = [command[command.index(b"--devices") + 1].decode() for command in commands]
+    assert sorted(found) == sorted(devices)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from numpy.typing import NDArray
 
 from toolkit.embedding.encoder import Encoder
 from toolkit.embedding.spec import EncoderSpec, Preprocessing
-from toolkit.machine import visible_gpus
 
 SPEC = EncoderSpec(
     "corners",
@@ -69,26 +67,3 @@ def test_the_fastest_that_has_room_is_taken(
     if best <= room:
         assert encoder.encode(np.zeros((best + 1, 8, 8, 3), np.uint8)).shape == (best + 1, 3)
         assert device.sizes == [best, best]
-
-
-@pytest.mark.parametrize(
-    ("named", "gpus"),
-    [
-        ("0,1", ["0", "1"]),
-        ("GPU-5f, 3", ["GPU-5f", "3"]),
-        ("", []),
-        ("-1", []),
-        ("2,-1,1", ["2"]),
-    ],
-)
-def test_the_gpus_that_may_be_used_are_those_that_cuda_sees(
-    monkeypatch: pytest.MonkeyPatch, named: str, gpus: list[str]
-) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
-    assert visible_gpus() == gpus
-
-
-def test_without_a_word_all_gpus_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    nodes = [node for node in Path("/dev").glob("nvidia[0-9]*")]
-    assert len(visible_gpus()) == len(nodes)

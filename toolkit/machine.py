@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
+import functools
 import math
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,15 +43,21 @@ def has_accelerator() -> bool:
     return platform.machine() == "arm64"
 
 
-def visible_gpus() -> list[str]:
-    """The GPUs of NVIDIA that this process may use, as ``CUDA_VISIBLE_DEVICES`` takes them."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is None:
-        n = len([node for node in Path("/dev").glob("nvidia*") if node.name[6:].isdigit()])
-        return [str(number) for number in range(n)]
-    # As CUDA reads it: what follows a name that means nothing does not count.
-    names = (name.strip() for name in named.split(","))
-    return list(itertools.takewhile(lambda name: name not in ("", "-1"), names))
+def n_gpus() -> int:
+    """GPUs of NVIDIA that this process may use; torch is not loaded to count them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return _n_listed_gpus()
+    return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+
+
+@functools.cache
+def _n_listed_gpus() -> int:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return 0
+    listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=30, check=False)
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
 def free_bytes(path: Path) -> int:

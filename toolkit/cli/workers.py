@@ -52,7 +52,7 @@ def worker(
     plan = supervisor.Plan(
         # Without a word on it: what the environment names.
         encoders=asked if models or asked != _requests((), {}) else process.served(),
-        devices=supervisor.devices(devices),
+        devices=supervisor.devices(devices if devices != "auto" else settings.device),
         pool=pool,
         log_level=loglevel,
     )

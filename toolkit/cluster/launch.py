@@ -31,7 +31,7 @@ from toolkit.cluster.state import (
 from toolkit.config import Settings
 from toolkit.embedding.spec import EncoderRequest
 from toolkit.errors import ClusterError, SettingError
-from toolkit.machine import usable_cpus, visible_gpus
+from toolkit.machine import n_gpus, usable_cpus
 
 logger = logging.getLogger(__name__)
 
@@ -137,18 +137,25 @@ def _start_worker(
         "TOOLKIT_WORKER_ROOTS": os.pathsep.join(map(str, settings.worker_roots)) or os.sep,
         ENCODERS_VARIABLE: json.dumps([encoder]),
     }
-    gpus = visible_gpus()
-    if len(gpus) > 1 and settings.device == "auto":
-        # Each worker has one of its own, as far as they go round.
-        env["CUDA_VISIBLE_DEVICES"] = gpus[(number - 1) % len(gpus)]
     process = spawn(
         # -P: a file h2.py beside a notebook must not be taken for a library's module.
-        [sys.executable, "-P", "-m", "toolkit.cli", "worker"],
+        [
+            *(sys.executable, "-P", "-m", "toolkit.cli", "worker"),
+            *("--devices", _device(number, settings)),
+        ],
         log=settings.data_dir / "logs" / f"worker-{number}.log",
         cwd=state_file(settings.data_dir).parent,
         env=env,
     )
     return WorkerRecord(process, number, encoder, _place(settings))
+
+
+def _device(number: int, settings: Settings) -> str:
+    """What a worker runs on: each has a GPU of its own, as far as they go round."""
+    n = n_gpus()
+    if settings.device == "auto" and n > 1:
+        return f"cuda:{(number - 1) % n}"
+    return settings.device
 
 
 def _without_the_dead(state: ClusterState) -> ClusterState:

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -27,6 +26,7 @@ from toolkit.cluster.registry import bury, withdraw
 from toolkit.config import Settings, as_environment
 from toolkit.embedding.spec import EncoderRequest
 from toolkit.errors import ServerError
+from toolkit.machine import n_gpus
 from toolkit.worker.bootsteps import EXIT_USAGE
 from toolkit.worker.presence import ID_VARIABLE, SUPERVISOR_VARIABLE
 
@@ -85,20 +85,8 @@ def devices(asked: str) -> list[str]:
     """``auto``: each visible GPU, else what one worker finds; or what was named."""
     if asked != "auto":
         return [name.strip() for name in asked.split(",") if name.strip()]
-    n = _n_gpus()
+    n = n_gpus()
     return [f"cuda:{index}" for index in range(n)] if n > 1 else ["auto"]
-
-
-def _n_gpus() -> int:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
-    # Not through torch: this process is to stay light.
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return 0
-    listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=30, check=False)
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
 class _Worker:
