@@ -111,6 +111,8 @@ def test_worker_that_works_is_proved_with_pictures_and_nothing_stays(world: Worl
     picture.write_bytes(jpeg())
     worker = world.worker(env=PATIENT)
     wait_until(lambda: is_quiet(world), "a worker that listens")
+    # It says that it is idle a moment after its answer to that look.
+    wait_until(lambda: "1 idle" in health.check_celery_worker(**CHEAP).detail, "an idle worker")
     n_embedded = worker.log.count(" 1 embedded, 0 failed")
 
     report = look(deep=True)
