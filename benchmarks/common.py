@@ -28,7 +28,10 @@ SEED = 0
 #: Standard deviation of the grain in grey levels.
 GRAIN = 4.0
 
-_LIBRARIES = ("torch", "timm", "openvino", "pillow", "simplejpeg", "celery", "numpy", "usearch")
+_LIBRARIES = (
+    *("torch", "timm", "openvino", "pillow", "simplejpeg", "numba"),
+    *("celery", "numpy", "usearch"),
+)
 
 # These are set on some machines, and slow numpy down.
 for _name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):

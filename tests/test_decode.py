@@ -516,7 +516,7 @@ def test_simplejpeg_gives_the_pixels_of_pillow(
     pictures.texture(size).save(buffer, "JPEG", subsampling=subsampling, **options)
     data = buffer.getvalue()
 
-    assert _plain_jpeg(data, (*size[::-1], 3)) is not None
+    assert _plain_jpeg(data, size) is not None
     assert outcome_of(data) == by_pillow(data)
 
 
@@ -669,6 +669,22 @@ def test_reduced_pixels_are_the_same_with_and_without_simplejpeg(
 ) -> None:
     data = coloured_jpeg(mode, (64, 48))
 
+    assert outcome_of(data, least_edge) == by_pillow(data, least_edge)
+
+
+@needs_simplejpeg
+@pytest.mark.parametrize("part", [2, 4, 8])
+@pytest.mark.parametrize("size", [(640, 480), (333, 207), (201, 499), (17, 16)], ids=str)
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True, "quality": 40}], ids=str)
+def test_simplejpeg_reduces_to_the_pixels_of_pillow(
+    size: tuple[int, int], part: int, subsampling: str, options: dict[str, Any]
+) -> None:
+    data = coloured_jpeg("RGB", size, subsampling=subsampling, **options)
+    least_edge = -(-min(size) // part)
+    reduced = (-(-size[0] // part), -(-size[1] // part))
+
+    assert _plain_jpeg(data, reduced) is not None
     assert outcome_of(data, least_edge) == by_pillow(data, least_edge)
 
 

@@ -182,8 +182,8 @@ def _decode(data: bytes, kind: Format, max_pixels: int, least_edge: int | None) 
     width, height = image.size
     if kind.name == "JPEG" and least_edge is not None:
         image.draft(None, (least_edge, least_edge))
-    is_plain = kind.name == "JPEG" and image.mode == "RGB" and image.size == (width, height)
-    pixels = _plain_jpeg(data, (height, width, 3)) if is_plain else None
+    is_plain = kind.name == "JPEG" and image.mode == "RGB"
+    pixels = _plain_jpeg(data, image.size) if is_plain else None
     if pixels is None:
         image.load()
     orientation = _orientation(image)
@@ -215,8 +215,10 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
         )
 
 
-def _plain_jpeg(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8] | None:
+def _plain_jpeg(data: bytes, size: tuple[int, int]) -> NDArray[np.uint8] | None:
     """A colour JPEG by simplejpeg, in less than Pillow's time; ``None`` leaves it to Pillow.
+
+    Its size, width and height, is the whole one, or that of a half, a quarter or an eighth.
 
     Both are libjpeg-turbo, with the same inverse transform and upsampling, so the pixels are
     the same; a test holds them together.
@@ -226,10 +228,13 @@ def _plain_jpeg(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8] |
     except ImportError:
         return None
     try:
-        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
+        width, height = size
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
+            data, "RGB", min_width=width, min_height=height
+        )
     except ValueError:  # damaged, or odd: Pillow says what is wrong with it, if anything is
         return None
-    return pixels if pixels.shape == shape else None
+    return pixels if pixels.shape == (height, width, 3) else None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
