@@ -44,12 +44,15 @@ def read_frame(file: IO[bytes]) -> tuple[dict[str, Any], list[bytes]] | None:
     n_text, n_blobs = _HEAD.unpack(head)
     if n_text + n_blobs > MAX_FRAME_BYTES:
         raise ValueError(f"a frame of {n_text + n_blobs} bytes")
-    text, body = file.read(n_text), file.read(n_blobs)
-    if len(text) < n_text or len(body) < n_blobs:
+    text = file.read(n_text)
+    if len(text) < n_text:
         return None
     value: dict[str, Any] = json.loads(text)
-    blobs, start = [], 0
-    for size in value.pop("blobs"):
-        blobs.append(body[start : start + size])
-        start += size
+    # One by one, so that no picture is copied out of a whole of them.
+    sizes = value.pop("blobs")
+    if sum(sizes) != n_blobs:
+        raise ValueError(f"a frame of blobs of {sizes} bytes that says {n_blobs}")
+    blobs = [file.read(size) for size in sizes]
+    if sum(map(len, blobs)) < n_blobs:
+        return None
     return value, blobs
