@@ -12,8 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from PIL import Image
 
+import toolkit
 from tests.pictures import texture
 from tests.test_catalog import fill, small_disk
 from toolkit.embedding import loading, openvino_model
@@ -22,10 +25,12 @@ from toolkit.embedding.exports import is_installed
 from toolkit.embedding.loading import load_encoder
 from toolkit.embedding.openvino_model import MODEL_FILE, OpenVinoModel
 from toolkit.embedding.preprocess import golden_pictures
-from toolkit.embedding.spec import LEAST_BF16_COSINE, EncoderRequest
+from toolkit.embedding.spec import LEAST_BF16_COSINE, EncoderRequest, Preprocessing
+from toolkit.embedding.weights import packaged_file
 
 pytestmark = pytest.mark.skipif(not is_installed(), reason="the fast extra is not installed")
 
+PHOTOS = Path(toolkit.__file__).parent / "samples" / "photos"
 TINY = EncoderRequest("test_vit", pretrained=False)
 TINY_BF16 = dataclasses.replace(TINY, precision="bf16")
 
@@ -213,7 +218,7 @@ def test_it_calculates_in_fp32_whatever_the_processor_could(tmp_path: Path) -> N
     encoder = load(TINY, tmp_path)
 
     assert isinstance(encoder.model, OpenVinoModel)
-    options = encoder.model._compiled
+    (options,) = encoder.model._parts
     assert str(options.get_property("INFERENCE_PRECISION_HINT")) == "<Type: 'float32'>"
 
 
@@ -245,7 +250,7 @@ def test_many_processes_export_once(tmp_path: Path) -> None:
 def takes_bf16(encoder: Encoder) -> bool:
     """What OpenVINO says that it calculates in."""
     assert isinstance(encoder.model, OpenVinoModel)
-    return "bfloat16" in str(encoder.model._compiled.get_property("INFERENCE_PRECISION_HINT"))
+    return "bfloat16" in str(encoder.model._parts[-1].get_property("INFERENCE_PRECISION_HINT"))
 
 
 def processor_has_bf16() -> bool:
@@ -282,6 +287,59 @@ def test_bf16_moves_the_vectors_a_little(model: str, tmp_path: Path) -> None:
         assert bool(np.abs(before - after).max() > 1e-5) == takes_bf16(fast)
     else:  # it refuses some models there
         assert not processor_has_bf16()
+
+
+class _Long(torch.nn.Module):
+    """Layers, the last of which looks at the picture again: nowhere does one tensor pass alone."""
+
+    def __init__(self, is_long: bool) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Conv2d(3, 3, 3, padding=1) for _ in range(6))
+        self.is_long = is_long
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        first = x = pixels.permute(0, 3, 1, 2).float()
+        for layer in self.layers:
+            x = layer(x).relu()
+        return (x + first if self.is_long else x).mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize(("is_long", "n_parts"), [(False, 2), (True, 1)])
+def test_the_first_layers_stay_exact_where_a_model_can_be_cut(
+    is_long: bool, n_parts: int, tmp_path: Path
+) -> None:
+    how = Preprocessing((3, 8, 8), "bicubic", (0.0,) * 3, (1.0,) * 3, 1.0, "center")
+    network = _Long(is_long).eval()
+    openvino_model.export(network, how, tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
+
+    model = OpenVinoModel(tmp_path, (3, 8, 8), 1, precision="bf16")
+    model.enter_lane()
+
+    assert len(model._parts) == n_parts
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(pixels)).numpy()
+    np.testing.assert_allclose(model.run(pixels), expected, rtol=0.02, atol=0.5)
+    if n_parts == 2 and processor_has_bf16():
+        hints = [str(p.get_property("INFERENCE_PRECISION_HINT")) for p in model._parts]
+        assert ["float32" in hints[0], "bfloat16" in hints[1]] == [True, True]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(packaged_file() is None, reason="the demo extra is not installed")
+def test_the_worst_photo_in_bf16_is_close_to_exact(tmp_path: Path) -> None:
+    request = EncoderRequest("tf_efficientnet_lite0")
+    pictures = [Image.open(path).convert("RGB") for path in sorted(PHOTOS.rglob("*.webp"))]
+    exact, fast = (
+        load(dataclasses.replace(request, precision=precision), tmp_path)
+        for precision in ("fp32", "bf16")
+    )
+    pixels = np.stack([exact.prepare(picture) for picture in pictures])
+
+    cosines = (exact.encode(pixels).astype(np.float64) * fast.encode(pixels)).sum(axis=1)
+
+    assert len(pictures) > 100
+    assert cosines.min() >= 0.999
 
 
 def test_neighbours_do_not_show_in_the_bytes_of_bf16(tmp_path: Path) -> None:
