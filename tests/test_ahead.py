@@ -6,14 +6,16 @@ import os
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.indexes import key_of, named, published, random_units
+from tests.indexes import Vectors, key_of, named, published, random_units, write
 from tests.support import wait_until
 from toolkit.index import ahead as ahead_room
 from toolkit.index.ahead import GraphAhead
+from toolkit.index.build import open_current, publish
 from toolkit.index.version import IndexVersion
 
 DIM = 16
@@ -116,6 +118,41 @@ def test_more_than_may_wait_is_left_for_later(
         assert_whole(version)
 
 
+def test_a_content_that_a_batch_holds_twice_is_added_once(tmp_path: Path) -> None:
+    ahead = GraphAhead(DIM, "f32", 2, None)
+    names = [*[*VECTORS][:5], *[*VECTORS][:3], *[*VECTORS][5:9]]
+    ahead.offer([key_of(name) for name in names], np.stack([VECTORS[name] for name in names]))
+    wait_until(lambda: len(ahead) == 9, "rows added ahead", 20)
+    with published(tmp_path, VECTORS, dim=DIM, dtype="f32", ahead=ahead) as version:
+        assert_whole(version)
+        assert version.manifest["removed_since_rebuild"] == 0
+
+
+def test_a_batch_that_gave_nothing_costs_nothing(tmp_path: Path) -> None:
+    names = [*VECTORS][20:30]
+    with begun_with([*VECTORS][:20]) as ahead:
+        ahead.offer([], np.empty((0, 0), np.float32))
+        ahead.offer([key_of(name) for name in names], np.stack([VECTORS[name] for name in names]))
+        wait_until(lambda: len(ahead) == 30, "rows added ahead", 20)
+
+
+def test_a_new_graph_does_not_take_the_place_of_one_that_may_grow(tmp_path: Path) -> None:
+    reports: list[int] = []
+    names = [*VECTORS]
+    first = {name: VECTORS[name] for name in names[:290]}
+    with published(tmp_path, first, dim=DIM, dtype="f32") as base:
+        ahead = begun_with(names[290:])
+
+        def progress(step: str, done: int, total: int) -> None:
+            if step == "graph":
+                reports.append(total)
+
+        with published_on(tmp_path, base, VECTORS, ahead, progress=progress) as version:
+            assert_whole(version)
+    # Not the 290 that the published graph holds.
+    assert reports == [10]
+
+
 def test_its_thread_ends_with_it() -> None:
     with begun_with([*VECTORS]):
         assert graph_threads()
@@ -139,13 +176,11 @@ def test_it_steps_back_for_everybody_else() -> None:
 
 
 def published_on(
-    folder: Path, base: IndexVersion, rows: dict[str, np.ndarray], ahead: GraphAhead
+    folder: Path, base: IndexVersion, rows: dict[str, Vectors], ahead: GraphAhead, **given: Any
 ) -> IndexVersion:
     """A version on top of one that is open, as a build writes it."""
-    from tests.indexes import write
-    from toolkit.index.build import open_current, publish
-
-    publish(folder, write(folder, rows, dim=DIM, dtype="f32", previous=base, ahead=ahead))
+    options = {"dim": DIM, "dtype": "f32", "previous": base, "ahead": ahead, **given}
+    publish(folder, write(folder, rows, **options))
     return open_current(folder)
 
 

@@ -352,6 +352,9 @@ def test_workers_take_the_gpus_in_turn(
 
     a_cluster(3, config.resolve(**given))
 
-    commands = [Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in pids(settings)]
-    found = [command[command.index(b"--devices") + 1].decode() for command in commands]
+    def commands() -> list[list[bytes]]:
+        return [Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in pids(settings)]
+
+    wait_until(lambda: all(b"--devices" in command for command in commands()), "their commands")
+    found = [command[command.index(b"--devices") + 1].decode() for command in commands()]
     assert sorted(found) == sorted(devices)

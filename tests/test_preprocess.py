@@ -31,7 +31,17 @@ def _resized_by(
 
 
 #: Wide, high, square, of the input's own size, smaller than it, and of one pixel.
-SIZES = [(640, 480), (333, 500), (300, 300), (224, 224), (256, 257), (97, 31), (20, 1500), (1, 1)]
+SIZES = [
+    (640, 480),
+    (333, 500),
+    (300, 300),
+    (224, 224),
+    (256, 257),
+    (223, 225),
+    (97, 31),
+    (20, 1500),
+    (1, 1),
+]
 
 
 def with_timm(rgb: Image.Image, how: Preprocessing) -> Any:

@@ -195,7 +195,8 @@ class EmbeddingStage:
         point("after-commit")
         self._embedded += len(outcome.embedded)
         self._sample.saw(outcome)
-        self._stored([embedded.key for embedded in outcome.embedded], outcome.vectors)
+        rows = [embedded.row for embedded in outcome.embedded]
+        self._stored([embedded.key for embedded in outcome.embedded], outcome.vectors[rows])
 
     def _measure_fidelity(self) -> None:
         """Say how far a faster encoder moved the vectors of this run."""

@@ -56,7 +56,10 @@ def _n_listed_gpus() -> int:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return 0
-    listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=30, check=False)
+    try:
+        listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0  # a driver that does not answer will not embed either
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 

@@ -152,8 +152,7 @@ def _start_worker(
 
 def _device(number: int, settings: Settings) -> str:
     """What a worker runs on: each has a GPU of its own, as far as they go round."""
-    n = n_gpus()
-    if settings.device == "auto" and n > 1:
+    if settings.device == "auto" and (n := n_gpus()) > 1:
         return f"cuda:{(number - 1) % n}"
     return settings.device
 

@@ -19,6 +19,9 @@ from toolkit.images import resample
 #: short side would be blown up to the input's, and its long side with it, to gigabytes.
 MAX_ASPECT_RATIO = 100
 
+#: A picture that Pillow holds is copied to be resized outside of Pillow, unless it has more pixels.
+MAX_COPIED_PIXELS = 16_000_000
+
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -56,7 +59,8 @@ def prepare(rgb: Image.Image | NDArray[np.uint8], how: Preprocessing) -> NDArray
             else _kept_ratio(_size(rgb), scaled, longest=False)
         )
     if _size(rgb) != (width, height):
-        if resample.is_ready() and height >= wanted[0] and width >= wanted[1]:
+        fits = height >= wanted[0] and width >= wanted[1] and _is_handy(rgb)
+        if fits and resample.suits(_size(rgb), (width, height), how.interpolation):
             box = _middle(width, height, wanted)
             kept = resample.resize(np.asarray(rgb), (width, height), box, how.interpolation)
             if kept is not None:
@@ -78,6 +82,11 @@ def golden_pictures() -> list[Image.Image]:
         bands = (3 * x + n * y, x * y // (6 + n), (x * x + y * y) // 97)
         pictures.append(Image.fromarray((np.stack(bands, axis=-1) % 256).astype(np.uint8)))
     return pictures
+
+
+def _is_handy(rgb: Image.Image | NDArray[np.uint8]) -> bool:
+    """Whether it is an array, or may become one: that copies it."""
+    return not isinstance(rgb, Image.Image) or rgb.width * rgb.height <= MAX_COPIED_PIXELS
 
 
 def _size(rgb: Image.Image | NDArray[np.uint8]) -> tuple[int, int]:

@@ -182,6 +182,7 @@ class Runner:
                     "scan saw; the next build tries it again"
                 )
             picture = decode(data, max_pixels=max_pixels, least_edge=self._least_edge)
+            pixels = self._encoder.prepare(picture.decoded)
         except (UnreadableError, ChangedError, DecodeError) as error:
             return Failed(item.id, _KINDS[type(error)], str(error), key, stat)
         except MemoryError:
@@ -191,7 +192,7 @@ class Runner:
         size = picture.width, picture.height
         # The row is known when the model has run.
         answer = Embedded(item.id, key, -1, *size, picture.format, stat)
-        return _Ready(answer, self._encoder.prepare(picture.decoded))
+        return _Ready(answer, pixels)
 
 
 #: What an error of a picture means for the next build.

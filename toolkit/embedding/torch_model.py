@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 CPU_MICRO_BATCH = 2
 
 #: The same on an accelerator, where the number of launches counts: it is tried with each of these
-#: when a model is loaded, and halved should memory end later.
-ACCELERATOR_MICRO_BATCHES = (16, 32, 64, 128, 256)
+#: when a model is loaded, and halved should memory end later. No batch of a build is longer.
+ACCELERATOR_MICRO_BATCHES = (16, 32, 64)
 
 
 class TorchModel:

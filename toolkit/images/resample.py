@@ -11,6 +11,8 @@ import functools
 import importlib.util
 import logging
 import math
+import platform
+import shutil
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,11 +24,6 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 logger = logging.getLogger(__name__)
-
-#: What Pillow 13 resizes along the columns first is left to it: a picture with more rows than so
-#: many times its columns, and one whose height shrinks by so much more than its width. (Its
-#: pull request 9549; earlier releases always begin along the rows.)
-MAX_TALL, MAX_SQUEEZE = 2.0, 1.03
 
 # Of each filter, the pixels to either side that count, in those of the smaller picture.
 _SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
@@ -50,22 +47,32 @@ def load(cache_dir: Path) -> bool:
     Takes seconds where it was never done before, and part of one later.
 
     Args:
-        cache_dir: Where compiled code is kept, for this machine.
+        cache_dir: Where compiled code is kept, for each machine apart.
     """
     global _kernels
     with _loading:
         if _kernels is None and importlib.util.find_spec("numba") is not None:
             # Broad: whatever is wrong with a compiler or its cache, Pillow is there.
             try:
-                _kernels = _checked(_import_kernels(cache_dir))
+                _kernels = _checked(_import_kernels(cache_dir / platform.node()))
             except Exception as error:
                 logger.warning("pictures are resized by Pillow: %s", error)
     return _kernels is not None
 
 
-def is_ready() -> bool:
-    """Whether :func:`resize` is worth asking."""
-    return _kernels is not None
+def suits(had: tuple[int, int], size: tuple[int, int], filter_: str) -> bool:
+    """Whether :func:`resize` does this.
+
+    Args:
+        had: Width and height of a picture.
+        size: The same of what it is resized to.
+        filter_: Its name in timm.
+    """
+    if _kernels is None or filter_ not in _SUPPORT:
+        return False
+    fewer_columns, fewer_rows = (before - after for before, after in zip(had, size, strict=True))
+    # Pillow 13 then begins along the columns, its pull request 9549; earlier releases never do.
+    return fewer_rows <= 2 * max(0, fewer_columns)
 
 
 def resize(
@@ -83,9 +90,7 @@ def resize(
         Shape ``(box height, box width, 3)``; ``None`` where Pillow has to do it.
     """
     height, width, _ = pixels.shape
-    if _kernels is None or filter_ not in _SUPPORT:
-        return None
-    if height > MAX_TALL * width or height * size[0] > MAX_SQUEEZE * width * size[1]:
+    if _kernels is None or not suits((width, height), size, filter_):
         return None
     return _resize(_kernels, pixels, size, box, filter_)
 
@@ -151,10 +156,18 @@ def _weights(x: NDArray[np.float64], filter_: str) -> NDArray[np.float64]:
 def _import_kernels(cache_dir: Path) -> ModuleType:
     import numba
 
+    if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+        raise RuntimeError("numba is told not to compile (NUMBA_DISABLE_JIT)")
     cache_dir.mkdir(parents=True, exist_ok=True)
     numba.config.CACHE_DIR = str(cache_dir)  # type: ignore[attr-defined]
-    from toolkit.images import kernels
-
+    try:
+        from toolkit.images import kernels
+    # Broad: what a cut or foreign cache makes numba stumble on is not written down anywhere.
+    except Exception as error:
+        logger.info("compiling anew: %s", error)
+        shutil.rmtree(cache_dir)
+        cache_dir.mkdir()
+        from toolkit.images import kernels
     return kernels
 
 

@@ -1,8 +1,9 @@
 """The search graph of the next version, begun while its vectors are still being made.
 
-Law: it takes processor time that nobody else wants and keeps nobody waiting. Rows that it did
-not get to are added once all vectors are there, and whatever stops it costs this head start
-and nothing else.
+Law: it runs at the lowest priority that the system knows for a thread, and a row waits for
+nobody. Rows that it did not get to are added once all vectors are there, and whatever stops it
+costs this head start and nothing else. In memory it holds the graph, which the last step of a
+build holds anyway, and the image keys of its rows.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ logger = logging.getLogger(__name__)
 #: Rows that wait to be added, at most: 20 MB of 1280-d vectors. More are left for later.
 MAX_WAITING = 4096
 
-# The least a thread can ask for: whoever embeds on the same processors is served first.
+# The least a thread can ask for. Where the system groups processes by session, it yields to
+# those of its own alone; what it does is then not to do later.
 _NICENESS = 19
 
 
@@ -88,6 +90,8 @@ class GraphAhead:
             keys: Their image keys.
             vectors: float32, shape ``(len(keys), dim)``; not to be changed afterwards.
         """
+        if not keys:
+            return
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="graph", daemon=True)
             self._thread.start()
@@ -124,12 +128,15 @@ class GraphAhead:
             graph, n_held = VectorIndex.create(self._dim, self._dtype), 0
         else:
             base.verify()
+            if self._is_over:
+                return
             graph, n_held = VectorIndex.open(base.graph_path, view=False), base.n
         self._begun = Begun(graph, base, numbers)
         while (some := self._waiting.get()) is not None and not self._is_over:
             keys, vectors = some
-            fresh = [row for row, key in enumerate(keys) if key not in numbers]
+            fresh = {key: row for row, key in enumerate(keys) if key not in numbers}
             first = n_held + len(numbers)
-            graph.add(np.arange(first, first + len(fresh)), vectors[fresh], self._threads)
-            numbers.update({keys[row]: first + n for n, row in enumerate(fresh)})
+            rows = vectors[list(fresh.values())]
+            graph.add(np.arange(first, first + len(rows)), rows, self._threads)
+            numbers.update({key: first + n for n, key in enumerate(fresh)})
             self._n_seen += len(keys)

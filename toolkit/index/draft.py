@@ -1,7 +1,7 @@
 """The files of a version while they are written; nobody reads them yet.
 
-Law: memory is that of the graph plus a chunk of rows and a number per row. The manifest is
-written last, from the files as they lie on disk.
+Law: memory is that of the graph plus a chunk of rows and a number per row, and a key for each
+that was added ahead. The manifest is written last, from the files as they lie on disk.
 """
 
 from __future__ import annotations
@@ -128,8 +128,9 @@ class Draft:
     def graph(self, ahead: GraphAhead | None) -> None:
         """Write the graph: what was begun ahead, the previous one, or a new one, with all rows."""
         begun = ahead.take() if ahead else None
-        if begun is None or not (begun.base is None or begun.base is self._previous):
-            begun = self._begin()
+        if begun is not None and not self._is_useful(begun):
+            begun = None  # let go of before another one is read
+        begun = begun or self._begin()
         graph, numbers = begun.graph, self._numbers(begun)
         n_begun = len(begun.numbers) + (begun.base.n if begun.base else 0)
         unused = np.setdiff1d(np.arange(n_begun), numbers)
@@ -145,12 +146,23 @@ class Draft:
         self._removed = len(unused) + (_removed_since_rebuild(begun.base) if begun.base else 0)
         point("during-index-save")
 
+    def _is_useful(self, begun: Begun) -> bool:
+        if begun.base is not None:
+            return begun.base is self._previous
+        n_kept = self._n - len(self._new)
+        return self._growing is None or len(begun.numbers) >= n_kept
+
+    @property
+    def _growing(self) -> IndexVersion | None:
+        """The previous version, if its graph is worth changing."""
+        n_changed = len(self._new) + len(self._gone)
+        if self._previous and may_grow(self._previous, self._dtype, self._n, n_changed):
+            return self._previous
+        return None
+
     def _begin(self) -> Begun:
-        """A graph that holds the rows of the previous version, if it is worth changing."""
-        older = self._previous
-        if older is not None and may_grow(
-            older, self._dtype, self._n, len(self._new) + len(self._gone)
-        ):
+        older = self._growing
+        if older is not None:
             return Begun(VectorIndex.open(older.graph_path, view=False), older, {})
         return Begun(VectorIndex.create(self._dim, self._dtype), None, {})
 
