@@ -540,51 +540,85 @@ SHOWN: dict[str, tuple[Callable[..., str], Callable[..., Iterator[Figure]]]] = {
 # A panel: its left upper corner and its size, in pixels.
 _LEFT, _TOP, _WIDTH, _HEIGHT, _STEP = 44, 46, 190, 130, 262
 
+#: Marks of large numbers, the largest first; and what a line is called that is drawn as another.
+_UNITS, _NAMES = {"M": 1_000_000, "k": 1_000}, {"new": f"+{N_NEW}"}
+
 _STYLE = """<style>
 text { font: 11px sans-serif; fill: #57606a } .title { font-weight: bold }
 .axis { stroke: #8c959f; fill: none } polyline, circle { fill: none; stroke-width: 2 }
 .bar { stroke: #8c959f; stroke-dasharray: 4 3 }
-.local { stroke: #0969da } .workers { stroke: #bc4c00 } .again { stroke: #1a7f37 }
-text.local, text.workers, text.again { stroke: none }
-text.local { fill: #0969da } text.workers { fill: #bc4c00 } text.again { fill: #1a7f37 }
+.local, .index { stroke: #0969da } .workers, .usearch { stroke: #bc4c00 }
+.again, .new { stroke: #1a7f37 } text[class] { stroke: none }
+text.local, text.index { fill: #0969da } text.workers, text.usearch { fill: #bc4c00 }
+text.again, text.new { fill: #1a7f37 }
 @media (prefers-color-scheme: dark) {
 text { fill: #9198a1 }
-.local { stroke: #4493f8 } .workers { stroke: #f0883e } .again { stroke: #3fb950 }
-text.local { fill: #4493f8 } text.workers { fill: #f0883e } text.again { fill: #3fb950 } }
+.local, .index { stroke: #4493f8 } .workers, .usearch { stroke: #f0883e }
+.again, .new { stroke: #3fb950 }
+text.local, text.index { fill: #4493f8 } text.workers, text.usearch { fill: #f0883e }
+text.again, text.new { fill: #3fb950 } }
 </style>"""
 
 
-def svg(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Memory of client and server and seconds over the number of images."""
+def svg(report: Mapping[str, Any]) -> str:
+    """Memory and seconds over images, and below over vectors, as far as they were measured."""
+    lines: list[Iterator[str]] = []
+    n_rows = 0
+    if images := report.get("images"):
+        lines += _images_panels(images, n_rows)
+        n_rows += 1
+    if vectors := report.get("vectors"):
+        lines += _vectors_panels(vectors, n_rows)
+        n_rows += 1
+    width, height = 3 * _STEP, 210 * n_rows
+    head = f'viewBox="0 0 {width} {height}" width="{width}"'
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {head}>', _STYLE]
+    return "\n".join([*parts, *itertools.chain(*lines), "</svg>"]) + "\n"
 
+
+def _images_panels(rows: Sequence[Mapping[str, Any]], row: int) -> list[Iterator[str]]:
     def line(kind: str, name: str) -> list[float]:
         return [row[kind][name] for row in rows]
 
     client = {kind: line(kind, "peak_mb") for kind in ("local", "workers")}
     server = {"workers": line("workers", "server_peak_mb")}
     seconds = {kind: line(kind, "seconds") for kind in ("local", "workers", "again")}
-    n, width = [row["n"] for row in rows], 3 * _STEP
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} 210" width="{width}">',
-        _STYLE,
-        *_panel(0, "client's peak memory, MB", n, client),
-        *_panel(1, "server's peak memory, MB", n, server, bar=64),
-        *_panel(2, "seconds of a build", n, seconds, is_log=True),
-        "</svg>",
+    n = [row["n"] for row in rows]
+    return [
+        _panel((0, row), "client's peak memory, MB", n, client),
+        _panel((1, row), "server's peak memory, MB", n, server, bar=64),
+        _panel((2, row), "seconds of a build", n, seconds, is_log=True),
     ]
-    return "\n".join(parts) + "\n"
+
+
+def _vectors_panels(rows: Sequence[Mapping[str, Any]], row: int) -> list[Iterator[str]]:
+    def line(kind: str, name: str) -> list[float]:
+        return [statistics.median(one[name] for one in row[kind]) for row in rows]
+
+    memory = {"index": line("toolkit", "peak_mb"), "usearch": line("raw", "peak_mb")}
+    seconds = {
+        "index": line("toolkit", "seconds"),
+        "usearch": line("raw", "add_s"),
+        "new": [row["new"]["seconds"] for row in rows],
+    }
+    n = [row["n"] for row in rows]
+    return [
+        _panel((0, row), "an index's peak memory, MB", n, memory, of="vectors"),
+        _panel((1, row), "seconds of an index", n, seconds, is_log=True, of="vectors"),
+    ]
 
 
 def _panel(
-    place: int,
+    place: tuple[int, int],
     title: str,
     n: Sequence[int],
     lines: Mapping[str, Sequence[float]],
     *,
     bar: float | None = None,
     is_log: bool = False,
+    of: str = "images",
 ) -> Iterator[str]:
-    """One panel: the number of images on a log axis, from 0 upwards unless that is one too."""
+    """One panel at a column and row: their number on a log axis, from 0 upwards or a log one."""
     values = [*itertools.chain(*lines.values()), *([bar] if bar else [])]
     if is_log:
         low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
@@ -603,25 +637,28 @@ def _panel(
         low, high = f(marks[0]), f(marks[-1])
         return _TOP + _HEIGHT * (1 - (f(value) - low) / ((high - low) or 1))
 
-    yield f'<g transform="translate({place * _STEP} 0)">'
+    yield f'<g transform="translate({place[0] * _STEP} {210 * place[1]})">'
     yield f'<text class="title" x="{_LEFT}" y="14">{title}</text>'
     yield f'<path class="axis" d="M{_LEFT} {_TOP}v{_HEIGHT}h{_WIDTH}"/>'
     for mark in marks:
         yield f'<text x="{_LEFT - 5}" y="{y(mark) + 4:.1f}" text-anchor="end">{mark:g}</text>'
     for images in n:
-        shown = f"{images // 1000}k" if images >= 1000 else str(images)
+        shown = next(
+            (f"{images // unit}{mark}" for mark, unit in _UNITS.items() if images >= unit),
+            str(images),
+        )
         yield f'<text x="{x(images):.1f}" y="{_TOP + _HEIGHT + 15}" text-anchor="middle">{shown}</text>'  # noqa: E501  one element
     if bar is not None:
         yield f'<path class="bar" d="M{_LEFT} {y(bar):.1f}h{_WIDTH}"/>'
         yield f'<text x="{_LEFT + 5}" y="{y(bar) - 4:.1f}">at most {bar:g}</text>'
-    for place, (name, line) in enumerate(lines.items()):
+    for column, (name, line) in enumerate(lines.items()):
         color = f'class="{name}"'
         points = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in zip(n, line, strict=True))
         yield f'<polyline {color} points="{points}"/>'
         for a, b in zip(n, line, strict=True):
             yield f'<circle {color} cx="{x(a):.1f}" cy="{y(b):.1f}" r="2.5"/>'
-        yield f'<text {color} x="{_LEFT + 60 * place}" y="32">{name}</text>'
-    yield f'<text x="{_LEFT + _WIDTH / 2}" y="{_TOP + _HEIGHT + 30}" text-anchor="middle">images</text>'  # noqa: E501  one element
+        yield f'<text {color} x="{_LEFT + 60 * column}" y="32">{_NAMES.get(name, name)}</text>'
+    yield f'<text x="{_LEFT + _WIDTH / 2}" y="{_TOP + _HEIGHT + 30}" text-anchor="middle">{of}</text>'  # noqa: E501  one element
     yield "</g>"
 
 
@@ -648,7 +685,7 @@ def main() -> None:
     parser.add_argument("--most-images", type=int, default=N_IMAGES[-1])
     parser.add_argument("--most-vectors", type=int, default=N_VECTORS[-1])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--svg", type=Path, help="the part images as a picture")
+    parser.add_argument("--svg", type=Path, help="the growth as a picture")
     parser.add_argument("--folder", type=Path, help="where the scratch folder is made")
     parser.add_argument("--step", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -686,8 +723,8 @@ def main() -> None:
             # After each part: what took an hour shall outlive an error in the next one.
             if args.json:
                 args.json.write_text(json.dumps(report, indent=1) + "\n")
-            if args.svg and part == "images":
-                args.svg.write_text(svg(report[part]))
+            if args.svg:
+                args.svg.write_text(svg(report))
 
 
 if __name__ == "__main__":
