@@ -32,10 +32,13 @@ def begun_with(names: list[str], base: IndexVersion | None = None) -> GraphAhead
 
 
 def assert_whole(version: IndexVersion) -> None:
-    """Every row is found as its own nearest by the graph, and nothing else is in it."""
-    found = version.graph.raw.search(version.vectors, 1, threads=1)
-    assert found.keys[:, 0].tolist() == list(range(version.n))
-    assert len(version.graph) == version.n
+    """The graph holds each vector under the number of its row, and nothing else."""
+    graph = version.graph.raw
+    assert len(graph) == version.n
+    assert np.array_equal(graph.get(np.arange(version.n)), version.vectors)
+    # What several threads have built need not lead to each of them, only to almost all.
+    found = graph.search(version.vectors, 1, threads=1).keys[:, 0]
+    assert np.mean(found == np.arange(version.n)) > 0.97
 
 
 @pytest.mark.parametrize("some", [slice(0, 300), slice(100, 200), slice(None, None, -3)])
